@@ -14,10 +14,6 @@ the two Gram matrices, BᵀB = U diag(λ) Uᵀ and AAᵀ = V diag(μ) Vᵀ:
 
 At e = 0, where 1/0 counts as 0, this is Theorem 2.1 of the paper with the X of
 Theorem 2.3 (Wang et al., arXiv 2407.18242), and its first-step rule where B = 0.
-
-**Layout.** Every factor arrives as (*batch, r, *features): A as in the paper, B as
-its transpose, so that one function serves both. Feature axes are contracted where
-they are and never merged: merging would gather a sharded array.
 """
 
 from collections.abc import Sequence
@@ -26,39 +22,12 @@ from typing import Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from ._linalg import (
-    Eigh,
-    eigh_psd,
-    power_of_two,
-    reciprocal,
-    stack_square,
-    unstack_square,
-)
+from ._factors import PairArrays, apply, contract, in_compute_dtype, times, unit_of
+from ._linalg import Eigh, eigh_psd, reciprocal, stack_square, unstack_square
 
 Gauge: TypeAlias = Literal["sylvester", "symmetric", "zero"]
-
-
-class PairArrays(NamedTuple):
-    """The arrays of one LoRA pair.
-
-    Attributes:
-      a: A, `(*batch, r, *features)`.
-      b: Bᵀ, `(*batch, r, *features)`, with feature axes of its own.
-      grad_a: g_A, like `a`.
-      grad_b: g_Bᵀ, like `b`.
-      scale: s, a scalar.
-      batch_ndim: The number of batch axes, static.
-    """
-
-    a: jax.Array
-    b: jax.Array
-    grad_a: jax.Array
-    grad_b: jax.Array
-    scale: ArrayLike = 1.0
-    batch_ndim: int = 0
 
 
 class Coefficients(NamedTuple):
@@ -90,18 +59,18 @@ def adjust(
     Returns:
       a and bᵀ of each pair, in float64 if one of its arrays is, else in float32.
     """
-    pairs = [_in_compute_dtype(pair) for pair in pairs]
+    pairs = [in_compute_dtype(pair) for pair in pairs]
     # In units of its larger factor no Gram matrix over- or underflows; in powers
     # of two that costs no accuracy. A gradient's own unit is s times the factors'.
-    units = [_unit(pair) for pair in pairs]
+    units = [unit_of(pair) for pair in pairs]
     weights = [1 / (pair.scale * unit) for pair, unit in zip(pairs, units, strict=True)]
 
     grams_a, grams_b, crosses = [], [], []
     for pair, unit, weight in zip(pairs, units, weights, strict=True):
-        a, b = _times(1 / unit, pair.a), _times(1 / unit, pair.b)
+        a, b = times(1 / unit, pair.a), times(1 / unit, pair.b)
         grams_a.append(contract(a, a, pair.batch_ndim))
         grams_b.append(contract(b, b, pair.batch_ndim))
-        crosses.append(_times(weight, contract(pair.grad_a, a, pair.batch_ndim)))
+        crosses.append(times(weight, contract(pair.grad_a, a, pair.batch_ndim)))
 
     # From here to the last line all pairs are one stack of small matrices.
     shapes = [x.shape for x in crosses]
@@ -185,33 +154,6 @@ def equivalent(pair: PairArrays, step_a: jax.Array, step_b: jax.Array) -> jax.Ar
     return pair.scale * (outer(pair.b, step_a) + outer(step_b, pair.a))
 
 
-def contract(x: jax.Array, y: jax.Array, batch_ndim: int) -> jax.Array:
-    """x yᵀ over all feature axes, `(*batch, r, r)`.
-
-    On an explicit mesh the result is replicated, as the eigendecomposition needs.
-    """
-    batch, features = range(batch_ndim), range(batch_ndim + 1, x.ndim)
-    return jax.lax.dot_general(
-        x,
-        y,
-        ((features, features), (batch, batch)),
-        precision=jax.lax.Precision.HIGHEST,
-        out_sharding=_explicit_sharding(x, PartitionSpec()),
-    )
-
-
-def apply(matrix: jax.Array, x: jax.Array, batch_ndim: int) -> jax.Array:
-    """`matrix @ x`, for `(*batch, r, r)` and a factor; sharded like the factor."""
-    batch = range(batch_ndim)
-    return jax.lax.dot_general(
-        matrix,
-        x,
-        (((batch_ndim + 1,), (batch_ndim,)), (batch, batch)),
-        precision=jax.lax.Precision.HIGHEST,
-        out_sharding=_explicit_sharding(x),
-    )
-
-
 def _combine(
     pair: PairArrays, matrices: Coefficients, unit: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -220,9 +162,9 @@ def _combine(
     def one(on_grad, grad, on_factor, factor):
         on_grad, on_factor = on_grad.astype(grad.dtype), on_factor.astype(grad.dtype)
         # Half of the scale before the product, half behind: weight² may overflow.
-        near = apply(_times(weight, on_grad), grad, pair.batch_ndim)
-        far = apply(_times(1 / unit, on_factor), factor, pair.batch_ndim)
-        return _times(weight, near - far)
+        near = apply(times(weight, on_grad), grad, pair.batch_ndim)
+        far = apply(times(1 / unit, on_factor), factor, pair.batch_ndim)
+        return times(weight, near - far)
 
     return (
         one(matrices.grad_a, pair.grad_a, matrices.factor_a, pair.a),
@@ -230,39 +172,5 @@ def _combine(
     )
 
 
-def _in_compute_dtype(pair: PairArrays) -> PairArrays:
-    arrays = pair[:4]
-    wide = any(x.dtype == jnp.float64 for x in arrays)
-    dtype = jnp.float64 if wide else jnp.float32
-    scale = jnp.asarray(pair.scale, dtype)
-    return PairArrays(*(x.astype(dtype) for x in arrays), scale, pair.batch_ndim)
-
-
-def _unit(pair: PairArrays) -> jax.Array:
-    """A power of two near the largest entry of either factor, `(*batch)`."""
-    axes = lambda x: tuple(range(pair.batch_ndim, x.ndim))
-    largest = [jnp.abs(x).max(axis=axes(x)) for x in (pair.a, pair.b)]
-    return power_of_two(jnp.maximum(*largest))
-
-
-def _times(scalars: jax.Array, x: jax.Array) -> jax.Array:
-    """A scalar for each batch element: `(*batch)` times `(*batch, ...)`."""
-    return jax.lax.expand_dims(scalars, range(scalars.ndim, x.ndim)) * x
-
-
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
-
-
-def _explicit_sharding(
-    x: jax.Array, spec: PartitionSpec | None = None
-) -> NamedSharding | None:
-    """`spec` (or that of `x`) on the explicit mesh of `x`; None without such a mesh.
-
-    A contraction over a sharded axis has to say how its result is sharded on an
-    explicit mesh, and may not say it elsewhere.
-    """
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return None
-    return NamedSharding(sharding.mesh, sharding.spec if spec is None else spec)

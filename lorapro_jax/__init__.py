@@ -1,0 +1,17 @@
+"""LoRA-Pro for Optax: LoRA steps as close to full fine-tuning as its rank allows.
+
+    tx = optax.chain(lorapro(), optax.adamw(1e-4))
+
+Wang et al., "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", ICLR 2025,
+arXiv 2407.18242.
+"""
+
+from importlib.metadata import version as _version
+
+from ._describe import describe_pairs as describe_pairs
+from ._inspect import equivalent_gradient as equivalent_gradient
+from ._layout import LoRAPair as LoRAPair
+from ._pairs import find_pairs as find_pairs
+from ._transform import lorapro as lorapro
+
+__version__ = _version("lorapro_jax")

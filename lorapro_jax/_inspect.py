@@ -1,0 +1,87 @@
+"""What a step on the factors does to the weight."""
+
+import jax
+from jax.typing import ArrayLike
+
+from ._adjust import equivalent
+from ._factors import PairArrays, in_compute_dtype, rank_first
+from ._layout import Axes, LayoutError, LoRAPair, check_axes, infer_axes
+
+
+def equivalent_gradient(
+    a: jax.Array,
+    b: jax.Array,
+    da: jax.Array,
+    db: jax.Array,
+    scale: ArrayLike = 1.0,
+    *,
+    pair: LoRAPair | None = None,
+) -> jax.Array:
+    """The first-order change of the weight when (A, B) moves by (da, db).
+
+    In the paper's notation `s (B da + db A)`: for gradients of the factors this is
+    the gradient that a full fine-tuning step would have to use to do the same.
+
+    Args:
+      a: A, `(*in, r)`; or `(r, *in)` with a B of `(out, r)`, as in PyTorch.
+      b: B, `(r, *out)`.
+      da: The step or gradient of A, like `a`.
+      db: The step or gradient of B, like `b`.
+      scale: s of W = W0 + s B A, a scalar.
+      pair: The axes of the factors as `find_pairs` returns them, needed for stacked
+        layers and for square factors; its paths and scale are not used.
+
+    Returns:
+      In float32, or float64 if an array is: the shape of the weight, `(*in, *out)`;
+      with PyTorch's layout `(*out, *in)`. Batch axes come first.
+
+    Raises:
+      ValueError: Shapes that are no LoRA pair or more than one.
+
+    References:
+      Wang et al., `LoRA-Pro: Are Low-Rank Adapters Properly Optimized?
+      <https://arxiv.org/abs/2407.18242>`_, 2025, section 2.2.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lorapro_jax import equivalent_gradient
+      >>> a, b = jnp.ones((64, 4)), jnp.zeros((4, 32))
+      >>> equivalent_gradient(a, b, 0 * a, jnp.ones_like(b), 2.0)[0, 0]
+      Array(8., dtype=float32)
+    """
+    axes = _axes(a, b, da, db, pair)
+    at_a, at_b = (axes.a_rank, axes.a_batch), (axes.b_rank, axes.b_batch)
+    arrays = in_compute_dtype(
+        PairArrays(
+            *(rank_first(x, *at) for x, at in ((a, at_a), (b, at_b))),
+            *(rank_first(x, *at) for x, at in ((da, at_a), (db, at_b))),
+            scale,
+            len(axes.a_batch),
+        )
+    )
+    out_by_in = equivalent(arrays, arrays.grad_a, arrays.grad_b)
+    if axes.a_rank < axes.b_rank:  # PyTorch's layout: the weight is (out, in)
+        return out_by_in
+    batch_ndim, out_ndim = arrays.batch_ndim, b.ndim - arrays.batch_ndim - 1
+    out_axes = range(batch_ndim, batch_ndim + out_ndim)
+    return jax.numpy.moveaxis(out_by_in, out_axes, range(-out_ndim, 0))
+
+
+def _axes(
+    a: jax.Array, b: jax.Array, da: jax.Array, db: jax.Array, pair: LoRAPair | None
+) -> Axes:
+    if (a.shape, b.shape) != (da.shape, db.shape):
+        raise ValueError(
+            f"The steps have shapes {da.shape} and {db.shape}, their factors {a.shape} "
+            f"and {b.shape}. Pass `(a, b, da, db)` in this order."
+        )
+    try:
+        if pair is None:
+            return infer_axes(a.shape, b.shape, ("jax", "torch"), (), any_rank=False)
+        return check_axes(a.shape, b.shape, pair[2:6])
+    except LayoutError as error:
+        raise ValueError(
+            f"Factors of shape {a.shape} and {b.shape} cannot be read as one LoRA "
+            f"pair: {error}. Pass `pair=` from `find_pairs`, or a `LoRAPair` with all "
+            "axes."
+        ) from None

@@ -1,0 +1,101 @@
+"""Paths of leaves, and what their names say about LoRA factors.
+
+One rule for names serves Flax NNX and Linen, qwix, tunix, MaxText, EasyDeL, Keras,
+gemma (`lora/a`, `lora/b`), AXLearn (`lora_down`, `lora_up`) and PEFT-style trees.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+
+Layout: TypeAlias = Literal["jax", "torch"]
+"""`"jax"`: A is `(*in, r)`, B is `(r, *out)`. `"torch"`: `(r, *in)`, `(out, r, *)`."""
+
+# Containers around a leaf. They come and go: `nnx.Optimizer` shows `.value` to
+# `init` and hides it from `update`.
+_BOXES = frozenset({"value", "raw_value", "array"})
+# The parameter of a layer that is itself the factor, and PEFT's adapter name.
+_WEIGHTS = frozenset({"kernel", "weight", "weights", "default"})
+
+# `q_lora` or `kv_lora_rank` (multi-head latent attention) end differently.
+_FACTOR = re.compile(
+    r"(?P<stem>(?:.*[^A-Za-z])?)(?i:lora)_"
+    r"(?P<kind>(?:kernel_|embeddings?_)?)(?P<role>a|b|A|B|down|up)"
+)
+_BARE = re.compile(r"a|b|A|B|down|up")
+_OWNER = re.compile(r"(?:.*[^a-z])?lora(?:[^a-z].*)?", re.IGNORECASE)
+
+
+class FactorName(NamedTuple):
+    """What the path of a factor says.
+
+    Attributes:
+      owner: Path of the module that holds both factors; empty at the top.
+      group: Equal for the two factors of a pair, and for no others.
+      role: `"a"` for the factor on the input side, `"b"` on the output side.
+      layouts: The layouts that the name allows; shapes decide between two.
+    """
+
+    owner: str
+    group: tuple[str, ...]
+    role: Literal["a", "b"]
+    layouts: tuple[Layout, ...]
+
+
+def path_segments(path: str | Sequence[Any]) -> tuple[str, ...]:
+    """The parts of a key path or of a string, without containers at the end.
+
+    `/`, `.` and brackets separate: `['q']['lora_a'].value`, `q.lora_a` and
+    `q/lora_a` are all `("q", "lora_a")`.
+    """
+    if not isinstance(path, str):
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        path = "/".join(keys)
+    segments = [part for part in re.split(r"[/.\[\]'\"]+", path) if part]
+    while len(segments) > 1 and segments[-1] in _BOXES:
+        segments.pop()
+    return tuple(segments)
+
+
+def normalize_path(path: str | Sequence[Any]) -> str:
+    """`path_segments` joined by `/`: how this package writes and compares paths."""
+    return "/".join(path_segments(path))
+
+
+def parse_factor_name(path: str) -> FactorName | None:
+    """What a normalised path says about a LoRA factor; None if it names none."""
+    segments = path.split("/")
+    suffix = []
+    while len(segments) > 1 and segments[-1] in _WEIGHTS:
+        suffix.append(segments.pop())
+    *parents, last = segments
+
+    if match := _FACTOR.fullmatch(last):
+        stem, kind, role = match.group("stem", "kind", "role")
+    elif parents and _BARE.fullmatch(last) and _OWNER.fullmatch(parents[-1]):
+        stem, kind, role = "", "", last
+    else:
+        return None
+
+    sides = "down/up" if role in ("down", "up") else "a/b"
+    return FactorName(
+        owner="/".join(parents),
+        group=(*parents, stem, kind, sides),
+        role="a" if role in ("a", "A", "down") else "b",
+        layouts=_layouts(suffix, embedding="embedding_" in kind, upper=role in "AB"),
+    )
+
+
+def _layouts(suffix: list[str], *, embedding: bool, upper: bool) -> tuple[Layout, ...]:
+    """PEFT's `lora_A.weight` and `lora_embedding_A` are PyTorch's; `.kernel` is Flax's.
+
+    `lora_a.weight` is either (Equinox's Linear, AXLearn), and so is a bare `lora_A`.
+    """
+    is_weight = bool({"weight", "weights"} & set(suffix))
+    if "kernel" in suffix or not (is_weight or upper):
+        return ("jax",)
+    if upper and (is_weight or embedding):
+        return ("torch",)
+    return ("jax", "torch")

@@ -1,0 +1,203 @@
+"""`lorapro()`: LoRA's gradients in, LoRA-Pro's out."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from ._adjust import Gauge, adjust
+from ._factors import PairArrays, rank_first, undo_rank_first
+from ._layout import LoRAPair, Shape
+from ._leaves import Leaf, index_leaves
+from ._pairs import PairsSpec, find_pairs
+from ._scale import ScaleSpec, check_scale_options
+
+OnNoPairs: TypeAlias = Literal["error", "ignore"]
+
+DEFAULT_DAMPING = 0.1
+
+
+def lorapro(
+    scale: ScaleSpec = 1.0,
+    *,
+    alpha: ScaleSpec | None = None,
+    rslora: bool = False,
+    gauge: Gauge = "sylvester",
+    damping: ArrayLike = DEFAULT_DAMPING,
+    pairs: PairsSpec | None = None,
+    stack_axis: int | Sequence[int] | None = None,
+    on_no_pairs: OnNoPairs = "error",
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces LoRA's gradients by those closest to the full gradient.
+
+    LoRA trains W = W0 + s B A. Of all steps (a, b) on (A, B) this takes the one
+    whose effect on W, `s (B a + b A)`, is closest to the gradient G of W, which is
+    never formed. Everything else in the tree passes through unchanged, so no mask
+    is needed. It is stateless; put it first in a chain, before momentum, Adam or
+    per-leaf clipping (clipping by the global norm may stand before it).
+
+    Args:
+      scale: The s of the forward pass: a number, `{regex: number}` searched in the
+        paths of the factors (first match counts), or a function of a `LoRAPair`.
+        1.0 is right for `nnx.LoRA`, gemma and EasyDeL. A wrong s multiplies the
+        result by (s_true/s)².
+      alpha: Instead of `scale`: s = alpha / r, pair by pair, as in qwix, tunix,
+        MaxText, Keras and PEFT. A number, mapping or function, like `scale`.
+      rslora: With `alpha`: s = alpha / sqrt(r).
+      gauge: Which of the steps with this effect on W: `"sylvester"`, the closest to
+        LoRA's own gradients (the paper's choice); `"symmetric"`, the correction
+        divided equally between A and B; `"zero"`, all of it on B.
+      damping: Levenberg-Marquardt damping in units of `(tr BᵀB + tr AAᵀ) / r`, at
+        least 0. 0 is the paper exactly; large values approach LoRA's gradients
+        times a constant.
+      pairs: Explicit pairs instead of those found by name: `LoRAPair`s or plain
+        `(path of A, path of B)` tuples, or a function from the tree to them.
+      stack_axis: The axis (or axes) along which layers are stacked in factors of
+        three axes or more, where their shapes cannot settle it; `()` for none.
+      on_no_pairs: `"error"`, or `"ignore"` to let a tree without a pair pass.
+
+    Returns:
+      A `GradientTransformationExtraArgs` with `optax.EmptyState`; `update` needs
+      `params`. It computes in float32 (float64 where a leaf is float64) and returns
+      each leaf in its own dtype; what overflows there becomes its largest number.
+
+    Raises:
+      ValueError: For contradictory options; from `init` and `update`, while
+        tracing, for everything that `find_pairs` raises, for a tree without pairs,
+        and for missing or mismatched `params`.
+
+    References:
+      Wang et al., `LoRA-Pro: Are Low-Rank Adapters Properly Optimized?
+      <https://arxiv.org/abs/2407.18242>`_, ICLR 2025, Theorems 2.1 and 2.3.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from lorapro_jax import lorapro
+      >>> params = {"lora_a": jnp.ones((64, 4)), "lora_b": jnp.zeros((4, 32))}
+      >>> tx = optax.chain(lorapro(alpha=8.0), optax.adamw(1e-3))
+      >>> state = tx.init(params)
+      >>> grads = jax.tree.map(jnp.ones_like, params)
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = optax.apply_updates(params, updates)
+    """
+    check_scale_options(scale, alpha, rslora)
+    _check_options(gauge, damping, on_no_pairs)
+    find = functools.partial(
+        find_pairs,
+        scale=scale,
+        alpha=alpha,
+        rslora=rslora,
+        pairs=pairs,
+        stack_axis=stack_axis,
+    )
+
+    def find_any(tree: optax.Params) -> tuple[LoRAPair, ...]:
+        found = find(tree)
+        if not found and on_no_pairs == "error" and jax.tree.leaves(tree):
+            raise ValueError(_no_pairs_message(tree))
+        return found
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        find_any(params)  # a wrong tree should fail here, not at the first step
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.EmptyState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.EmptyState]:
+        del extra_args
+        found = find_any(updates)
+        if not found:
+            return updates, state
+        if params is None:
+            raise ValueError(
+                "`lorapro` needs the current factors: call "
+                "`tx.update(grads, state, params)`."
+            )
+        grads, factors = index_leaves(updates), index_leaves(params)
+        arrays = [_take(pair, grads, factors) for pair in found]
+        steps = adjust(arrays, damping=damping, gauge=gauge)
+
+        leaves, treedef = jax.tree.flatten(updates)
+        for pair, step in zip(found, steps, strict=True):
+            for (path, *axes), x in zip(_sides(pair), step, strict=True):
+                index, grad, _ = grads[path]
+                leaves[index] = _cast(undo_rank_first(x, *axes), grad.dtype)
+        return treedef.unflatten(leaves), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _sides(pair: LoRAPair) -> tuple[tuple[str, int, Shape], tuple[str, int, Shape]]:
+    """Path, rank axis and batch axes of A and of B, from a pair of `find_pairs`."""
+    return (
+        (pair.a, cast(int, pair.a_rank_axis), pair.a_batch_axes),
+        (pair.b, cast(int, pair.b_rank_axis), pair.b_batch_axes),
+    )
+
+
+def _take(
+    pair: LoRAPair, grads: Mapping[str, Leaf], factors: Mapping[str, Leaf]
+) -> PairArrays:
+    """The arrays of one pair, rank axis first."""
+    for path, *_ in _sides(pair):
+        _check_match(path, grads[path], factors.get(path))
+    of = lambda leaves: (
+        rank_first(jnp.asarray(leaves[path].value), *axes)
+        for path, *axes in _sides(pair)
+    )
+    scale = cast(ArrayLike, pair.scale)
+    return PairArrays(*of(factors), *of(grads), scale, len(pair.a_batch_axes))
+
+
+def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` in a leaf's dtype; what is finite stays finite (float16 ends at 65504)."""
+    limit = float(jnp.finfo(dtype).max)
+    if limit < float(jnp.finfo(x.dtype).max):
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
+    return x.astype(dtype)
+
+
+def _check_options(gauge: str, damping: ArrayLike, on_no_pairs: str) -> None:
+    for name, value, allowed in (
+        ("gauge", gauge, get_args(Gauge)),
+        ("on_no_pairs", on_no_pairs, get_args(OnNoPairs)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"`{name}={value!r}` has to be one of {allowed}.")
+    # Under `inject_hyperparams` the damping is an array, perhaps a traced one.
+    if not isinstance(damping, jax.Array) and not 0 <= damping < math.inf:
+        raise ValueError(
+            f"`damping={damping!r}` has to be a finite number of at least 0; 0 is the "
+            "paper's undamped adjustment."
+        )
+
+
+def _check_match(path: str, grad: Leaf, factor: Leaf | None) -> None:
+    if factor is None:
+        raise ValueError(
+            f"`params` has no leaf `{path}`, but the gradients do. Pass the parameters "
+            "that the gradients were taken of: `tx.update(grads, state, params)`."
+        )
+    if factor.shape != grad.shape:
+        raise ValueError(
+            f"`{path}` has shape {factor.shape} in `params` and {grad.shape} in the "
+            "gradients. Pass the parameters that the gradients were taken of."
+        )
+
+
+def _no_pairs_message(tree: optax.Params) -> str:
+    paths = list(index_leaves(tree))
+    return (
+        f"No LoRA pair among the {len(paths)} leaves, such as {paths[:4]}. Factors are "
+        "known by names like `lora_a` and `lora_b`, `kernel_lora_a`, `lora_A.weight`, "
+        "`lora/a`, `lora_down`. Give others with `pairs=[(path of A, path of B)]`, or "
+        "pass `on_no_pairs='ignore'` to let such a tree through."
+    )
