@@ -92,6 +92,8 @@ def infer_axes(
     """
     if min(len(a), len(b)) < 2:
         raise LayoutError("a factor has a rank axis and at least one feature axis")
+    if 0 in (*a, *b):
+        raise LayoutError("a factor has no elements")
     readings = [axes for layout in layouts for axes in _readings(a, b, layout)]
     if not readings:
         raise LayoutError(
