@@ -24,8 +24,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._factors import PairArrays, apply, contract, in_compute_dtype, times, unit_of
-from ._linalg import Eigh, eigh_psd, reciprocal, stack_square, unstack_square
+from ._factors import (
+    PairArrays,
+    apply,
+    contract,
+    in_compute_dtype,
+    largest_entry,
+    times,
+)
+from ._linalg import (
+    Eigh,
+    eigh_psd,
+    power_of_two,
+    reciprocal,
+    split_batches,
+    stack_square,
+)
 
 Gauge: TypeAlias = Literal["sylvester", "symmetric", "zero"]
 
@@ -33,8 +47,7 @@ Gauge: TypeAlias = Literal["sylvester", "symmetric", "zero"]
 class Coefficients(NamedTuple):
     """Four r×r matrices that turn factors and gradients into adjusted gradients.
 
-    `a = grad_a @ g_A - factor_a @ A`, and likewise for the transposes of b, g_B
-    and B.
+    `a = grad_a g_A - factor_a A` and `b = g_B grad_bᵀ - B factor_bᵀ`.
     """
 
     grad_a: jax.Array
@@ -57,35 +70,45 @@ def adjust(
       gauge: Which of the minimisers; see `coefficients`.
 
     Returns:
-      a and bᵀ of each pair, in float64 if one of its arrays is, else in float32.
+      a and b of each pair, laid out like A and B, in float64 if one of the pair's
+      arrays is, else in float32.
     """
     pairs = [in_compute_dtype(pair) for pair in pairs]
-    # In units of its larger factor no Gram matrix over- or underflows; in powers
-    # of two that costs no accuracy. A gradient's own unit is s times the factors'.
-    units = [unit_of(pair) for pair in pairs]
-    weights = [1 / (pair.scale * unit) for pair, unit in zip(pairs, units, strict=True)]
+    batches = [pair.batch for pair in pairs]
+    counts = [int(np.prod(batch)) for batch in batches]
+    ranks = np.repeat([pair.rank for pair in pairs], counts)
+    # In units of its larger factor no Gram matrix over- or underflows; in powers of
+    # two that costs no accuracy. A gradient's own unit is s times the factors'.
+    units = 1 / power_of_two(_stack([largest_entry(pair) for pair in pairs]))
+    scales = [jnp.full(pair.batch, pair.scale) for pair in pairs]
+    weights = units / _stack(scales)
 
     grams_a, grams_b, crosses = [], [], []
-    for pair, unit, weight in zip(pairs, units, weights, strict=True):
-        a, b = times(1 / unit, pair.a), times(1 / unit, pair.b)
-        grams_a.append(contract(a, a, pair.batch_ndim))
-        grams_b.append(contract(b, b, pair.batch_ndim))
-        crosses.append(times(weight, contract(pair.grad_a, a, pair.batch_ndim)))
+    for pair, unit in zip(pairs, split_batches(units, batches), strict=True):
+        a, b = times(unit, pair.a, pair.a_axes), times(unit, pair.b, pair.b_axes)
+        grams_a.append(contract(a, a, pair.a_axes))
+        grams_b.append(contract(b, b, pair.b_axes))
+        crosses.append(contract(pair.grad_a, a, pair.a_axes))
 
-    # From here to the last line all pairs are one stack of small matrices.
-    shapes = [x.shape for x in crosses]
-    ranks = np.repeat([x[-1] for x in shapes], [int(np.prod(x[:-2])) for x in shapes])
+    # From here to the end all pairs are one stack of small matrices.
     values, vectors = eigh_psd(stack_square(grams_b + grams_a), np.tile(ranks, 2))
     (lam, mu), (u, v) = jnp.split(values, 2), jnp.split(vectors, 2)
-    stacks = coefficients(
-        Eigh(lam, u), Eigh(mu, v), stack_square(crosses), ranks, damping, gauge
+    cross = weights[:, None, None] * stack_square(crosses)
+    on_grad_a, on_a, on_grad_b, on_b = coefficients(
+        Eigh(lam, u), Eigh(mu, v), cross, ranks, damping, gauge
     )
-    per_pair = zip(*(unstack_square(x, shapes) for x in stacks), strict=True)
-
+    # Half of the scale before the skinny product, half behind: weight² may overflow.
+    matrices = Coefficients(
+        weights[:, None, None] * on_grad_a,
+        units[:, None, None] * on_a,
+        weights[:, None, None] * on_grad_b,
+        units[:, None, None] * on_b,
+    )
+    per_pair = zip(*(split_batches(x, batches) for x in matrices), strict=True)
     return [
-        _combine(pair, Coefficients(*matrices), unit, weight)
-        for pair, matrices, unit, weight in zip(
-            pairs, per_pair, units, weights, strict=True
+        _apply(pair, Coefficients(*xs), weight)
+        for pair, xs, weight in zip(
+            pairs, per_pair, split_batches(weights, batches), strict=True
         )
     ]
 
@@ -146,30 +169,30 @@ def coefficients(
 
 def equivalent(pair: PairArrays, step_a: jax.Array, step_b: jax.Array) -> jax.Array:
     """J(a, b) = s (B a + b A): `(*batch, *features of b, *features of a)`."""
-    batch = tuple(range(pair.batch_ndim))
-    rank = (pair.batch_ndim,)
-    outer = lambda b, a: jax.lax.dot_general(
-        b, a, ((rank, rank), (batch, batch)), precision=jax.lax.Precision.HIGHEST
+    ranks = ((pair.b_axes.rank,), (pair.a_axes.rank,))
+    dims = (ranks, (pair.b_axes.batch, pair.a_axes.batch))
+    product = lambda b, a: jax.lax.dot_general(
+        b, a, dims, precision=jax.lax.Precision.HIGHEST
     )
-    return pair.scale * (outer(pair.b, step_a) + outer(step_b, pair.a))
+    return pair.scale * (product(pair.b, step_a) + product(step_b, pair.a))
 
 
-def _combine(
-    pair: PairArrays, matrices: Coefficients, unit: jax.Array, weight: jax.Array
+def _apply(
+    pair: PairArrays, matrices: Coefficients, weight: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Coefficients at unit scale, applied to one pair at its own scale."""
-
-    def one(on_grad, grad, on_factor, factor):
-        on_grad, on_factor = on_grad.astype(grad.dtype), on_factor.astype(grad.dtype)
-        # Half of the scale before the product, half behind: weight² may overflow.
-        near = apply(times(weight, on_grad), grad, pair.batch_ndim)
-        far = apply(times(1 / unit, on_factor), factor, pair.batch_ndim)
-        return times(weight, near - far)
-
-    return (
-        one(matrices.grad_a, pair.grad_a, matrices.factor_a, pair.a),
-        one(matrices.grad_b, pair.grad_b, matrices.factor_b, pair.b),
+    """The adjusted gradients of one pair from its coefficients."""
+    on_grad_a, on_a, on_grad_b, on_b = (
+        x[..., : pair.rank, : pair.rank].astype(pair.a.dtype) for x in matrices
     )
+    a = apply(on_grad_a, pair.grad_a, pair.a_axes) - apply(on_a, pair.a, pair.a_axes)
+    b = apply(on_grad_b, pair.grad_b, pair.b_axes) - apply(on_b, pair.b, pair.b_axes)
+    return times(weight, a, pair.a_axes), times(weight, b, pair.b_axes)
+
+
+def _stack(scalars: Sequence[jax.Array]) -> jax.Array:
+    """`(*batch_i)` of all pairs as one `(N,)`, in the widest dtype."""
+    widest = max((x.dtype for x in scalars), key=lambda dtype: dtype.itemsize)
+    return jnp.concatenate([x.reshape(-1).astype(widest) for x in scalars])
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:

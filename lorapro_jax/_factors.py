@@ -1,31 +1,32 @@
 """The arrays of one LoRA pair, and the products of skinny matrices on them.
 
-Every factor is brought to (*batch, r, *features): A as in the paper, B as its
-transpose, so that one function serves both. Feature axes are contracted where they
-are and never merged: merging would gather a sharded array.
+A factor stays as it lies in the tree. Its feature axes are contracted where they
+are, never merged and never moved: merging would gather a sharded array, and moving
+costs a copy of it.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from ._linalg import power_of_two
+from ._layout import FactorAxes
 
 
 class PairArrays(NamedTuple):
     """The arrays of one LoRA pair.
 
     Attributes:
-      a: A, `(*batch, r, *features)`.
-      b: Bᵀ, `(*batch, r, *features)`, with feature axes of its own.
+      a: A, by default the paper's `(r, n)`.
+      b: B, by default the paper's `(m, r)`.
       grad_a: g_A, like `a`.
-      grad_b: g_Bᵀ, like `b`.
+      grad_b: g_B, like `b`.
       scale: s, a scalar.
-      batch_ndim: The number of batch axes, static.
+      a_axes: The axes of `a`.
+      b_axes: The axes of `b`, with the same batch sizes.
     """
 
     a: jax.Array
@@ -33,73 +34,84 @@ class PairArrays(NamedTuple):
     grad_a: jax.Array
     grad_b: jax.Array
     scale: ArrayLike = 1.0
-    batch_ndim: int = 0
+    a_axes: FactorAxes = FactorAxes(0)
+    b_axes: FactorAxes = FactorAxes(1)
 
+    @property
+    def rank(self) -> int:
+        """The number r."""
+        return self.a.shape[self.a_axes.rank]
 
-def rank_first(x: jax.Array, rank_axis: int, batch_axes: Sequence[int]) -> jax.Array:
-    """A leaf as `(*batch, r, *features)`."""
-    return jnp.moveaxis(x, (*batch_axes, rank_axis), range(len(batch_axes) + 1))
-
-
-def undo_rank_first(
-    x: jax.Array, rank_axis: int, batch_axes: Sequence[int]
-) -> jax.Array:
-    """Brings `(*batch, r, *features)` back to the axes of the leaf."""
-    return jnp.moveaxis(x, range(len(batch_axes) + 1), (*batch_axes, rank_axis))
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The sizes of the stacked axes."""
+        return tuple(self.a.shape[axis] for axis in self.a_axes.batch)
 
 
 def in_compute_dtype(pair: PairArrays) -> PairArrays:
     """All in float64 if one array is, else in float32."""
-    arrays = pair[:4]
-    wide = any(x.dtype == jnp.float64 for x in arrays)
+    wide = any(x.dtype == jnp.float64 for x in pair[:4])
     dtype = jnp.float64 if wide else jnp.float32
-    scale = jnp.asarray(pair.scale, dtype)
-    return PairArrays(*(x.astype(dtype) for x in arrays), scale, pair.batch_ndim)
+    arrays = (x.astype(dtype) for x in pair[:4])
+    return PairArrays(*arrays, jnp.asarray(pair.scale, dtype), *pair[5:])
 
 
-def unit_of(pair: PairArrays) -> jax.Array:
-    """A power of two near the largest entry of either factor, `(*batch)`."""
-    axes = lambda x: tuple(range(pair.batch_ndim, x.ndim))
-    largest = [jnp.abs(x).max(axis=axes(x)) for x in (pair.a, pair.b)]
-    return power_of_two(jnp.maximum(*largest))
+def largest_entry(pair: PairArrays) -> jax.Array:
+    """The largest absolute value in either factor, `(*batch)`."""
+
+    def largest(x: jax.Array, axes: FactorAxes) -> jax.Array:
+        return jnp.abs(x).max(axis=(axes.rank, *axes.features(x.ndim)))
+
+    return jnp.maximum(largest(pair.a, pair.a_axes), largest(pair.b, pair.b_axes))
 
 
-def contract(x: jax.Array, y: jax.Array, batch_ndim: int) -> jax.Array:
-    """x yᵀ over all feature axes, `(*batch, r, r)`.
+def times(scalars: jax.Array, x: jax.Array, axes: FactorAxes) -> jax.Array:
+    """A factor times one scalar for each batch element, `(*batch)`."""
+    others = (axes.rank, *axes.features(x.ndim))
+    return jnp.expand_dims(scalars.astype(x.dtype), others) * x
 
-    On an explicit mesh the result is replicated, as the eigendecomposition needs.
+
+def contract(x: jax.Array, y: jax.Array, axes: FactorAxes) -> jax.Array:
+    """The products of two like factors over all feature axes, `(*batch, r, r)`.
+
+    For A and g_A that is `A g_Aᵀ`, for B and g_B `Bᵀ g_B`. On an explicit mesh the
+    result is replicated, as the eigendecomposition needs it.
     """
-    batch, features = range(batch_ndim), range(batch_ndim + 1, x.ndim)
+    features = axes.features(x.ndim)
     return jax.lax.dot_general(
         x,
         y,
-        ((features, features), (batch, batch)),
+        ((features, features), (axes.batch, axes.batch)),
         precision=jax.lax.Precision.HIGHEST,
-        out_sharding=_explicit_sharding(x, PartitionSpec()),
+        out_sharding=_explicit_sharding(x, ()),
     )
 
 
-def apply(matrix: jax.Array, x: jax.Array, batch_ndim: int) -> jax.Array:
-    """`matrix @ x`, for `(*batch, r, r)` and a factor; sharded like the factor."""
-    batch = range(batch_ndim)
-    return jax.lax.dot_general(
-        matrix,
-        x,
-        (((batch_ndim + 1,), (batch_ndim,)), (batch, batch)),
+def apply(matrix: jax.Array, x: jax.Array, axes: FactorAxes) -> jax.Array:
+    """`(*batch, r, r)` matrices on the rank axis of a factor, sharded like it.
+
+    For A that is `M A`, for B `B Mᵀ`.
+    """
+    front = tuple(range(len(axes.batch)))
+    columns = len(front) + 1
+    features = axes.features(x.ndim)
+    if axes.rank == x.ndim - 1:  # then the result needs no transpose either
+        operands, contracted = (x, matrix), ((axes.rank,), (columns,))
+        batch, order = (axes.batch, front), (*axes.batch, *features, axes.rank)
+    else:
+        operands, contracted = (matrix, x), ((columns,), (axes.rank,))
+        batch, order = (front, axes.batch), (*axes.batch, axes.rank, *features)
+    result = jax.lax.dot_general(
+        *operands,
+        (contracted, batch),
         precision=jax.lax.Precision.HIGHEST,
-        out_sharding=_explicit_sharding(x),
+        out_sharding=_explicit_sharding(x, order),
     )
+    return result.transpose(np.argsort(order))
 
 
-def times(scalars: jax.Array, x: jax.Array) -> jax.Array:
-    """A scalar for each batch element: `(*batch)` times `(*batch, ...)`."""
-    return jax.lax.expand_dims(scalars, range(scalars.ndim, x.ndim)) * x
-
-
-def _explicit_sharding(
-    x: jax.Array, spec: PartitionSpec | None = None
-) -> NamedSharding | None:
-    """`spec` (or that of `x`) on the explicit mesh of `x`; None without such a mesh.
+def _explicit_sharding(x: jax.Array, axes: tuple[int, ...]) -> NamedSharding | None:
+    """The sharding of these axes of `x` on an explicit mesh; None without one.
 
     A contraction over a sharded axis has to say how its result is sharded on an
     explicit mesh, and may not say it elsewhere.
@@ -107,4 +119,5 @@ def _explicit_sharding(
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
-    return NamedSharding(sharding.mesh, sharding.spec if spec is None else spec)
+    spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(spec[axis] for axis in axes)))

@@ -1,11 +1,19 @@
 """What a step on the factors does to the weight."""
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ._adjust import equivalent
-from ._factors import PairArrays, in_compute_dtype, rank_first
-from ._layout import Axes, LayoutError, LoRAPair, check_axes, infer_axes
+from ._factors import PairArrays, in_compute_dtype
+from ._layout import (
+    Axes,
+    FactorAxes,
+    LayoutError,
+    LoRAPair,
+    check_axes,
+    infer_axes,
+)
 
 
 def equivalent_gradient(
@@ -50,21 +58,14 @@ def equivalent_gradient(
       Array(8., dtype=float32)
     """
     axes = _axes(a, b, da, db, pair)
-    at_a, at_b = (axes.a_rank, axes.a_batch), (axes.b_rank, axes.b_batch)
-    arrays = in_compute_dtype(
-        PairArrays(
-            *(rank_first(x, *at) for x, at in ((a, at_a), (b, at_b))),
-            *(rank_first(x, *at) for x, at in ((da, at_a), (db, at_b))),
-            scale,
-            len(axes.a_batch),
-        )
-    )
+    at_a = FactorAxes(axes.a_rank, axes.a_batch)
+    at_b = FactorAxes(axes.b_rank, axes.b_batch)
+    arrays = in_compute_dtype(PairArrays(a, b, da, db, scale, at_a, at_b))
     out_by_in = equivalent(arrays, arrays.grad_a, arrays.grad_b)
     if axes.a_rank < axes.b_rank:  # PyTorch's layout: the weight is (out, in)
         return out_by_in
-    batch_ndim, out_ndim = arrays.batch_ndim, b.ndim - arrays.batch_ndim - 1
-    out_axes = range(batch_ndim, batch_ndim + out_ndim)
-    return jax.numpy.moveaxis(out_by_in, out_axes, range(-out_ndim, 0))
+    first, count = len(axes.b_batch), len(at_b.features(b.ndim))
+    return jnp.moveaxis(out_by_in, range(first, first + count), range(-count, 0))
 
 
 def _axes(

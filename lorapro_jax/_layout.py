@@ -8,7 +8,7 @@ feature axis: heads, kernel windows.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jax.typing import ArrayLike
 
@@ -31,7 +31,7 @@ class LoRAPair(NamedTuple):
       a_rank_axis: The rank axis of A.
       b_rank_axis: The rank axis of B.
       a_batch_axes: The axes of A with one slice per layer (or expert).
-      b_batch_axes: The same axes of B, in the same order.
+      b_batch_axes: The same axes of B. Both are in ascending order.
       scale: The s of W = W0 + s B A.
       rank: r.
     """
@@ -60,6 +60,22 @@ class Axes(NamedTuple):
     b_rank: int
     a_batch: Shape = ()
     b_batch: Shape = ()
+
+
+class FactorAxes(NamedTuple):
+    """The axes of one factor; all others are feature axes.
+
+    Attributes:
+      rank: The axis of size r.
+      batch: The stacked axes, ascending.
+    """
+
+    rank: int
+    batch: tuple[int, ...] = ()
+
+    def features(self, ndim: int) -> tuple[int, ...]:
+        """The feature axes of a factor with `ndim` axes."""
+        return tuple(x for x in range(ndim) if x != self.rank and x not in self.batch)
 
 
 class LayoutError(ValueError):
@@ -151,6 +167,14 @@ def check_axes(a: Shape, b: Shape, axes: Sequence[Any]) -> Axes:
     return Axes(a_rank, b_rank, tuple(a_batch), tuple(b_batch))
 
 
+def factor_axes(pair: LoRAPair) -> tuple[FactorAxes, FactorAxes]:
+    """The axes of A and of B, from a pair of `find_pairs`."""
+    return (
+        FactorAxes(cast(int, pair.a_rank_axis), pair.a_batch_axes),
+        FactorAxes(cast(int, pair.b_rank_axis), pair.b_batch_axes),
+    )
+
+
 def feature_size(shape: Shape, rank_axis: int, batch_axes: Shape) -> int:
     """The number of features of a factor: its size without rank and batch."""
     return math.prod(
@@ -206,4 +230,6 @@ def _non_negative(name: str, shape: Shape, axes: Sequence[int]) -> list[int]:
         raise LayoutError(f"the axes {tuple(axes)} of {name} name one axis twice")
     if len(found) == len(shape):
         raise LayoutError(f"the axes {tuple(axes)} of {name} leave no feature axis")
+    if found[1:] != sorted(found[1:]):
+        raise LayoutError(f"the batch axes of {name} are not in ascending order")
     return found

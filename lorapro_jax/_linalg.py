@@ -44,15 +44,15 @@ def stack_square(matrices: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate([padded(x) for x in matrices])
 
 
-def unstack_square(
-    stack: jax.Array, shapes: Sequence[tuple[int, ...]]
+def split_batches(
+    stack: jax.Array, batches: Sequence[tuple[int, ...]]
 ) -> list[jax.Array]:
-    """Undoes `stack_square`: `shapes[i]` is `(*batch_i, r_i, r_i)`."""
-    counts = [int(np.prod(shape[:-2])) for shape in shapes]
+    """Divides `(N, *rest)` into one `(*batch_i, *rest)` for each batch shape."""
+    counts = [int(np.prod(batch)) for batch in batches]
     parts = jnp.split(stack, np.cumsum(counts)[:-1])
     return [
-        part[:, : shape[-1], : shape[-1]].reshape(shape)
-        for part, shape in zip(parts, shapes, strict=True)
+        part.reshape(*batch, *stack.shape[1:])
+        for part, batch in zip(parts, batches, strict=True)
     ]
 
 

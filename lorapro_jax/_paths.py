@@ -25,7 +25,7 @@ _FACTOR = re.compile(
     r"(?P<kind>(?:kernel_|embeddings?_)?)(?P<role>a|b|A|B|down|up)"
 )
 _BARE = re.compile(r"a|b|A|B|down|up")
-_OWNER = re.compile(r"(?:.*[^a-z])?lora(?:[^a-z].*)?", re.IGNORECASE)
+_OWNER = re.compile(r"lora(?:[^a-z].*)?", re.IGNORECASE)  # not `q_lora`: that is MLA
 
 
 class FactorName(NamedTuple):

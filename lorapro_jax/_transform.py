@@ -11,8 +11,8 @@ import optax
 from jax.typing import ArrayLike
 
 from ._adjust import Gauge, adjust
-from ._factors import PairArrays, rank_first, undo_rank_first
-from ._layout import LoRAPair, Shape
+from ._factors import PairArrays
+from ._layout import LoRAPair, factor_axes
 from ._leaves import Leaf, index_leaves
 from ._pairs import PairsSpec, find_pairs
 from ._scale import ScaleSpec, check_scale_options
@@ -127,34 +127,27 @@ def lorapro(
 
         leaves, treedef = jax.tree.flatten(updates)
         for pair, step in zip(found, steps, strict=True):
-            for (path, *axes), x in zip(_sides(pair), step, strict=True):
+            for path, x in zip((pair.a, pair.b), step, strict=True):
                 index, grad, _ = grads[path]
-                leaves[index] = _cast(undo_rank_first(x, *axes), grad.dtype)
+                leaves[index] = _cast(x, grad.dtype)
         return treedef.unflatten(leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _sides(pair: LoRAPair) -> tuple[tuple[str, int, Shape], tuple[str, int, Shape]]:
-    """Path, rank axis and batch axes of A and of B, from a pair of `find_pairs`."""
-    return (
-        (pair.a, cast(int, pair.a_rank_axis), pair.a_batch_axes),
-        (pair.b, cast(int, pair.b_rank_axis), pair.b_batch_axes),
-    )
-
-
 def _take(
     pair: LoRAPair, grads: Mapping[str, Leaf], factors: Mapping[str, Leaf]
 ) -> PairArrays:
-    """The arrays of one pair, rank axis first."""
-    for path, *_ in _sides(pair):
+    """The arrays of one pair of `find_pairs`."""
+    paths = (pair.a, pair.b)
+    for path in paths:
         _check_match(path, grads[path], factors.get(path))
-    of = lambda leaves: (
-        rank_first(jnp.asarray(leaves[path].value), *axes)
-        for path, *axes in _sides(pair)
+    return PairArrays(
+        *(jnp.asarray(factors[path].value) for path in paths),
+        *(jnp.asarray(grads[path].value) for path in paths),
+        cast(ArrayLike, pair.scale),
+        *factor_axes(pair),
     )
-    scale = cast(ArrayLike, pair.scale)
-    return PairArrays(*of(factors), *of(grads), scale, len(pair.a_batch_axes))
 
 
 def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
