@@ -171,10 +171,12 @@ def equivalent(pair: PairArrays, step_a: jax.Array, step_b: jax.Array) -> jax.Ar
     """J(a, b) = s (B a + b A): `(*batch, *features of b, *features of a)`."""
     ranks = ((pair.b_axes.rank,), (pair.a_axes.rank,))
     dims = (ranks, (pair.b_axes.batch, pair.a_axes.batch))
-    product = lambda b, a: jax.lax.dot_general(
-        b, a, dims, precision=jax.lax.Precision.HIGHEST
-    )
-    return pair.scale * (product(pair.b, step_a) + product(step_b, pair.a))
+
+    def product(b: jax.Array, a: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(b, a, dims, precision=jax.lax.Precision.HIGHEST)
+
+    moved = product(pair.b, step_a) + product(step_b, pair.a)
+    return jnp.asarray(pair.scale, moved.dtype) * moved
 
 
 def _apply(

@@ -1,11 +1,13 @@
 """A table of the pairs in a tree, for people."""
 
-import os
-from typing import Any
+import itertools
+from typing import Any, TypeAlias
 
-from ._layout import LoRAPair, Shape
+from ._layout import FactorAxes, LoRAPair, Shape, factor_axes
 from ._leaves import index_leaves
 from ._pairs import find_pairs
+
+Row: TypeAlias = tuple[str, ...]
 
 
 def describe_pairs(tree: Any, **options: Any) -> str:
@@ -31,7 +33,7 @@ def describe_pairs(tree: Any, **options: Any) -> str:
     """
     pairs = find_pairs(tree, **options)
     leaves = index_leaves(tree)
-    rows = [("pair", "A", "B", "layout", "stacked", "rank", "scale")]
+    rows: list[Row] = [("pair", "A", "B", "layout", "stacked", "rank", "scale")]
     rows += [_row(pair, leaves[pair.a].shape, leaves[pair.b].shape) for pair in pairs]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -41,23 +43,35 @@ def describe_pairs(tree: Any, **options: Any) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _row(pair: LoRAPair, a: Shape, b: Shape) -> tuple[str, ...]:
-    def letters(shape, rank_axis, batch_axes, feature):
-        name = {rank_axis: "r", **dict.fromkeys(batch_axes, "L")}
-        return "·".join(name.get(axis, feature) for axis in range(len(shape)))
-
-    head = os.path.commonprefix([pair.a, pair.b])
-    tail = os.path.commonprefix([pair.a[len(head) :][::-1], pair.b[len(head) :][::-1]])
-    ends = [path[len(head) : len(path) - len(tail)] for path in (pair.a, pair.b)]
-    scale = f"{pair.scale:.6g}" if isinstance(pair.scale, float) else "traced"
+def _row(pair: LoRAPair, a: Shape, b: Shape) -> Row:
+    axes_a, axes_b = factor_axes(pair)
+    layouts = _letters(a, axes_a, "in"), _letters(b, axes_b, "out")
     return (
-        f"{head}{{{ends[0]},{ends[1]}}}{tail[::-1]}",
+        _joint_path(pair.a, pair.b),
         str(a),
         str(b),
-        letters(a, pair.a_rank_axis, pair.a_batch_axes, "in")
-        + " "
-        + letters(b, pair.b_rank_axis, pair.b_batch_axes, "out"),
+        " ".join(layouts),
         ",".join(map(str, pair.a_batch_axes)) or "-",
         str(pair.rank),
-        scale,
+        f"{pair.scale:.6g}" if isinstance(pair.scale, float) else "traced",
     )
+
+
+def _letters(shape: Shape, axes: FactorAxes, feature: str) -> str:
+    """What each axis is: `L·in·r` for a stacked A."""
+    names = {axes.rank: "r", **dict.fromkeys(axes.batch, "L")}
+    return "·".join(names.get(axis, feature) for axis in range(len(shape)))
+
+
+def _joint_path(a: str, b: str) -> str:
+    """`q/lora_{a,b}` for `q/lora_a` and `q/lora_b`."""
+    head = _common_start(a, b)
+    start, a, b = a[:head], a[head:], b[head:]
+    tail = _common_start(a[::-1], b[::-1])
+    inner = f"{a[: len(a) - tail]},{b[: len(b) - tail]}"
+    return f"{start}{{{inner}}}{a[len(a) - tail :]}"
+
+
+def _common_start(a: str, b: str) -> int:
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return len(list(same))

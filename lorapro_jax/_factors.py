@@ -52,8 +52,9 @@ def in_compute_dtype(pair: PairArrays) -> PairArrays:
     """All in float64 if one array is, else in float32."""
     wide = any(x.dtype == jnp.float64 for x in pair[:4])
     dtype = jnp.float64 if wide else jnp.float32
-    arrays = (x.astype(dtype) for x in pair[:4])
-    return PairArrays(*arrays, jnp.asarray(pair.scale, dtype), *pair[5:])
+    a, b, grad_a, grad_b = (x.astype(dtype) for x in pair[:4])
+    scale = jnp.asarray(pair.scale, dtype)
+    return PairArrays(a, b, grad_a, grad_b, scale, *pair[5:])
 
 
 def largest_entry(pair: PairArrays) -> jax.Array:

@@ -13,12 +13,12 @@ class Leaf(NamedTuple):
     """A leaf of a tree.
 
     Attributes:
-      index: Its position among all leaves.
+      position: Its position among all leaves.
       value: The leaf itself.
       unique: Whether no other leaf has the same normalised path.
     """
 
-    index: int
+    position: int
     value: Any
     unique: bool = True
 

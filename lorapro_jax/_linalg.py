@@ -36,7 +36,7 @@ def stack_square(matrices: Sequence[jax.Array]) -> jax.Array:
     size = max(x.shape[-1] for x in matrices)
     widest = max((x.dtype for x in matrices), key=lambda dtype: dtype.itemsize)
 
-    def padded(x):
+    def padded(x: jax.Array) -> jax.Array:
         missing = size - x.shape[-1]
         flat = x.reshape(-1, *x.shape[-2:]).astype(widest)
         return jnp.pad(flat, [(0, 0), (0, missing), (0, missing)])

@@ -86,7 +86,7 @@ def _read_named(
         ((a, name_a),), ((b, name_b),) = roles["a"], roles["b"]
         layouts = [x for x in name_a.layouts if x in name_b.layouts]
         pairs.append(_read_pair(LoRAPair(a, b), leaves, layouts or ["jax"], stack_axis))
-    return sorted(pairs, key=lambda pair: leaves[pair.a].index)
+    return sorted(pairs, key=lambda pair: leaves[pair.a].position)
 
 
 def _read_explicit(
@@ -96,7 +96,8 @@ def _read_explicit(
     stack_axis: int | Sequence[int] | None,
 ) -> list[LoRAPair]:
     """The pairs that the user names, with what they leave out filled in."""
-    pairs, owners = [], {}
+    pairs: list[LoRAPair] = []
+    owners: dict[str, str] = {}
     for given in spec(tree) if callable(spec) else spec:
         pair = LoRAPair(*given)
         pair = pair._replace(a=normalize_path(pair.a), b=normalize_path(pair.b))
@@ -109,8 +110,8 @@ def _read_explicit(
                     f"`{owners[path]}` and to `{pair.a}`. Name each factor once."
                 )
             owners[path] = pair.a
-        names = [parse_factor_name(path) for path in (pair.a, pair.b)]
-        layouts = names[0].layouts if names[0] and names[1] else ("jax", "torch")
+        name = parse_factor_name(pair.a)
+        layouts = name.layouts if name else ("jax", "torch")
         pairs.append(_read_pair(pair, leaves, layouts, stack_axis, any_rank=True))
     return pairs
 
@@ -141,9 +142,10 @@ def _half_pair_message(
     tree: Any, leaves: Mapping[str, Leaf], path: str, owner: str
 ) -> str:
     prefix = f"{owner}/" if owner else ""
-    beside = lambda paths: sorted(
-        x.removeprefix(prefix) for x in paths if x.startswith(prefix)
-    )
+
+    def beside(paths: Iterable[str]) -> list[str]:
+        return sorted(x.removeprefix(prefix) for x in paths if x.startswith(prefix))
+
     masked = beside(masked_paths(tree))
     also = f"; masked or None: {masked}" if masked else ""
     return (

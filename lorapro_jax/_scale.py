@@ -78,19 +78,18 @@ def _look_up(spec: ScaleSpec, pair: LoRAPair, name: str) -> Any:
     )
 
 
-def _checked(number: Any, pair: LoRAPair, name: str) -> Any:
-    if isinstance(number, jax.Array):
-        if number.shape == ():
-            return number  # perhaps traced: its value cannot be looked at
-    elif isinstance(number, Real | np.ndarray) and not isinstance(number, bool):
-        if np.ndim(number) == 0:
-            value = float(number)
-            if value == 0 or not math.isfinite(value):
-                raise ValueError(
-                    f"The {name} of `{pair.a}` is {value}. LoRA's s in W0 + s·B·A "
-                    "has to be finite and other than 0: adjusting divides by it."
-                )
-            return value
+def _checked(number: Any, pair: LoRAPair, name: str) -> jax.Array | float:
+    is_number = isinstance(number, Real | np.ndarray) and not isinstance(number, bool)
+    if isinstance(number, jax.Array) and number.shape == ():
+        return number  # perhaps traced: its value cannot be looked at
+    if is_number and np.ndim(number) == 0:
+        value = float(number)
+        if value == 0 or not math.isfinite(value):
+            raise ValueError(
+                f"The {name} of `{pair.a}` is {value}. LoRA's s in W0 + s·B·A has to "
+                "be finite and other than 0: adjusting divides by it."
+            )
+        return value
     raise TypeError(
         f"The {name} of `{pair.a}` is {number!r}; it has to be one real number."
     )

@@ -125,12 +125,12 @@ def lorapro(
         arrays = [_take(pair, grads, factors) for pair in found]
         steps = adjust(arrays, damping=damping, gauge=gauge)
 
-        leaves, treedef = jax.tree.flatten(updates)
+        leaves = jax.tree.leaves(updates)
         for pair, step in zip(found, steps, strict=True):
             for path, x in zip((pair.a, pair.b), step, strict=True):
-                index, grad, _ = grads[path]
-                leaves[index] = _cast(x, grad.dtype)
-        return treedef.unflatten(leaves), state
+                leaf = grads[path]
+                leaves[leaf.position] = _cast(x, leaf.value.dtype)
+        return jax.tree.unflatten(jax.tree.structure(updates), leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -142,12 +142,10 @@ def _take(
     paths = (pair.a, pair.b)
     for path in paths:
         _check_match(path, grads[path], factors.get(path))
-    return PairArrays(
-        *(jnp.asarray(factors[path].value) for path in paths),
-        *(jnp.asarray(grads[path].value) for path in paths),
-        cast(ArrayLike, pair.scale),
-        *factor_axes(pair),
-    )
+    a, b = (jnp.asarray(factors[path].value) for path in paths)
+    grad_a, grad_b = (jnp.asarray(grads[path].value) for path in paths)
+    scale = cast(ArrayLike, pair.scale)
+    return PairArrays(a, b, grad_a, grad_b, scale, *factor_axes(pair))
 
 
 def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -158,7 +156,7 @@ def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x.astype(dtype)
 
 
-def _check_options(gauge: str, damping: ArrayLike, on_no_pairs: str) -> None:
+def _check_options(gauge: str, damping: Any, on_no_pairs: str) -> None:
     for name, value, allowed in (
         ("gauge", gauge, get_args(Gauge)),
         ("on_no_pairs", on_no_pairs, get_args(OnNoPairs)),

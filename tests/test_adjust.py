@@ -10,7 +10,8 @@ import pytest
 import scipy.linalg
 
 from lorapro_jax._adjust import adjust, equivalent
-from lorapro_jax._factors import FactorAxes, PairArrays
+from lorapro_jax._factors import PairArrays
+from lorapro_jax._layout import FactorAxes
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -11,7 +11,7 @@ import oracle
 import pytest
 
 from lorapro_jax import LoRAPair, lorapro
-from lorapro_jax._linalg import eigh_psd, stack_square, split_batches
+from lorapro_jax._linalg import eigh_psd, split_batches, stack_square
 
 DAMPINGS = [0.0, 1e-8, 1e-4, 0.1]
 GAUGES = ["sylvester", "symmetric", "zero"]

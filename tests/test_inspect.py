@@ -66,7 +66,10 @@ def test_adjusted_gradients_are_closer_to_the_full_gradient_than_those_of_lora()
     [
         ([(9, 3), (3, 6), (3, 9), (6, 3)], r"steps have shapes \(3, 9\) .*`\(a, b, da"),
         ([(9, 3), (2, 6)] * 2, r"\(9, 3\) and \(2, 6\) cannot be read.*`pair=`"),
-        ([(4, 4), (4, 4)] * 2, r"they can be read as .* or .*`pair=` from `find_pairs`"),
+        (
+            [(4, 4), (4, 4)] * 2,
+            r"they can be read as .* or .*`pair=` from `find_pairs`",
+        ),
     ],
 )
 def test_bad_shapes_are_errors(shapes, message):

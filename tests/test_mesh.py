@@ -33,7 +33,7 @@ def random_tree(seed):
     leaves, treedef = jax.tree.flatten(SHAPES, is_leaf=lambda x: isinstance(x, tuple))
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     arrays = [jax.random.normal(k, s) for k, s in zip(keys, leaves, strict=True)]
-    return treedef.unflatten(arrays)
+    return jax.tree.unflatten(treedef, arrays)
 
 
 def put(tree, mesh, specs):
@@ -56,7 +56,9 @@ def test_sharded_result_equals_one_device_and_keeps_the_sharding(layout, axis_ty
         step = jax.jit(run)(*sharded)
 
     chex.assert_trees_all_close(step, expected, rtol=1e-3, atol=1e-5)
-    for new, old in zip(jax.tree.leaves(step), jax.tree.leaves(sharded[0]), strict=True):
+    for new, old in zip(
+        jax.tree.leaves(step), jax.tree.leaves(sharded[0]), strict=True
+    ):
         assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
 
 

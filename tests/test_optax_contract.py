@@ -144,10 +144,8 @@ class ContractTest(chex.TestCase):
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_partition_after_lorapro_and_lorapro_inside_a_partition(self):
-        labels = lambda tree: {
-            name: jax.tree.map(lambda _: "rest" if name == "norm" else "lora", sub)
-            for name, sub in tree.items()
-        }
+        label = lambda path, _: "rest" if path[0].key == "norm" else "lora"
+        labels = lambda tree: jax.tree.map_with_path(label, tree)
         expected = adjusted(self.grads, self.params)
         expected["norm"] = jnp.zeros_like(expected["norm"])
         outside = optax.chain(
@@ -280,7 +278,9 @@ def test_donated_buffers_are_reused():
 
     assert_close(step, expected)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
-    assert compiled.memory_analysis().alias_size_in_bytes == size
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes == size
 
 
 def test_same_container_types_come_back():

@@ -63,6 +63,7 @@ def test_one_place_has_one_path_however_it_is_reached(path):
 )
 def test_names_of_factors_say_role_and_layout(path, owner, role, layouts):
     name = parse_factor_name(path)
+    assert name is not None
     assert (name.owner, name.role, name.layouts) == (owner, role, layouts)
 
 

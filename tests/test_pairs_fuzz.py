@@ -173,7 +173,7 @@ def test_damaged_tree_is_an_error_with_a_path_or_still_a_pair(seed):
         ]
     )
     try:
-        pairs = find_pairs(treedef.unflatten(leaves))
+        pairs = find_pairs(jax.tree.unflatten(treedef, leaves))
     except ValueError as error:
         assert "`" in str(error)
         assert "lora" in str(error)

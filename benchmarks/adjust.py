@@ -1,0 +1,220 @@
+"""What `lorapro()` costs: time, memory, compilation, beside AdamW and the paper.
+
+For the adapter trees of whole models, at several ranks, one run measures
+
+* `lorapro`: the adjustment alone, from gradients and factors to new arrays;
+* `adamw`: a step of `optax.adamw` with donated parameters and state;
+* `lorapro + adamw`: a step of the two chained, donated likewise;
+* `literal`: the paper's formula with its m×m projector (`literal.py`), at rank 8.
+  **Extrapolated**: one pair of each distinct shape is timed, and multiplied by the
+  number of pairs of that shape. Its memory is that of the largest single pair.
+
+Results are checked before anything is timed. The contenders then take turns, so
+that what else the machine does hits all alike. `x adamw` and `x lorapro` are the
+medians over the turns of the ratio within a turn. `GB/s` takes each array as read
+or written once (gradients and factors in, steps out; for AdamW also its state), so
+it is a floor; the copy bandwidths of the machine stand below the table. Gradients
+stay the same from step to step: the numbers in them do not matter for the time.
+
+    $ python -m benchmarks.adjust --quick    # one small tree, under a minute
+    $ python -m benchmarks.adjust            # all, to benchmarks/results/
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lorapro_jax import lorapro
+
+from .literal import check, literal, reference
+from .measure import Contender, copy_bandwidth, machine, tree_bytes
+from .trees import SCALE, TREES, build, random_pair, weights
+
+RANKS = (8, 16, 64)
+LITERAL_RANK = 8
+DAMPING = 0.1
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def _adjusting(params: Any, grads: Any, damping: float = DAMPING) -> Contender:
+    tx = lorapro(SCALE, damping=damping)
+
+    def step(params: Any, grads: Any) -> Any:
+        return tx.update(grads, optax.EmptyState(), params)[0]
+
+    return Contender("lorapro", step, params, grads).compile()
+
+
+def _stepping(
+    name: str, tx: optax.GradientTransformation, params: Any, grads: Any
+) -> Contender:
+    def step(carry: Any, grads: Any) -> Any:
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    own = jax.tree.map(jnp.copy, params)  # donated, so not to be shared
+    return Contender(name, step, (own, tx.init(own)), grads, donate=True).compile()
+
+
+def _literals(tree: str, rank: int) -> list[Contender]:
+    """One pair of each distinct shape, checked against the package undamped."""
+    counts = collections.Counter(shape for *_, shape in weights(tree))
+    contenders = []
+    for shape, count in counts.items():
+        a, b, grad_a, grad_b, *_ = map(jnp.array, random_pair(shape, rank, seed=0))
+        contender = Contender(
+            f"literal {shape}",
+            lambda factors, grads: literal(*factors, *grads, SCALE),
+            (a.T, b.T),  # the paper's A and B
+            (grad_a.T, grad_b.T),
+            count=count,
+        ).compile()
+        factors = {"lora_a": a, "lora_b": b}
+        grads = {"lora_a": grad_a, "lora_b": grad_b}
+        ours = _adjusting(factors, grads, damping=0.0).run()
+        check(contender.name, contender.run(), (ours["lora_a"].T, ours["lora_b"].T))
+        contenders.append(contender)
+    return contenders
+
+
+def _check_adjusted(tree: str, rank: int, result: Any) -> float:
+    """The largest error of one pair of each distinct shape."""
+    first: dict[tuple[int, int], tuple[int, str, str]] = {}
+    for seed, (block, layer, shape) in enumerate(weights(tree)):
+        first.setdefault(shape, (seed, block, layer))
+    errors = []
+    for shape, (seed, block, layer) in first.items():
+        a, b, _, _, left, right = random_pair(shape, rank, seed)
+        expected = reference(a.T, b.T, right.T, left.T, SCALE, DAMPING)
+        got = result[block][layer]
+        steps = got["lora_a"].T, got["lora_b"].T
+        errors.append(check(f"{tree} r={rank} {block}/{layer}", steps, expected))
+    return max(errors)
+
+
+def run_case(
+    tree: str, rank: int, repeat: int, with_literal: bool
+) -> Iterator[dict[str, Any]]:
+    """Checks and times all contenders on one tree: a row for each."""
+    params, grads = build(tree, rank)
+    adjusting = _adjusting(params, grads)
+    error = _check_adjusted(tree, rank, adjusting.run())
+    adamw = _stepping("adamw", optax.adamw(1e-4), params, grads)
+    chain = optax.chain(lorapro(SCALE, damping=DAMPING), optax.adamw(1e-4))
+    chained = _stepping("lorapro + adamw", chain, params, grads)
+    literals = _literals(tree, rank) if with_literal and rank == LITERAL_RANK else []
+
+    contenders = [adjusting, adamw, chained, *literals]
+    for contender in contenders:
+        contender.run()  # warm-up
+    rng = np.random.default_rng(0)
+    for _ in range(repeat):
+        for i in rng.permutation(len(contenders)):  # so that none profits from another
+            contenders[i].time()
+
+    size = tree_bytes(params)
+    case = {"tree": tree, "rank": rank, "pairs": len([*weights(tree)])}
+    case |= {"factor_bytes": size, "relative_error": error}
+    for contender in contenders[:3]:
+        yield case | _row([contender], contenders, size)
+    if literals:
+        note = f"extrapolated from one pair of each of {len(literals)} shapes"
+        row = _row(literals, contenders, size)
+        yield case | row | {"contender": "literal", "note": note}
+
+
+def _row(
+    parts: list[Contender], contenders: list[Contender], factor_bytes: int
+) -> dict[str, Any]:
+    adjusting, adamw, *_ = contenders
+    times = [sum(turn) for turn in zip(*(part.times for part in parts), strict=True)]
+    moved = sum(part.count * part.moved for part in parts)
+    temp = max(part.temp_bytes for part in parts)
+    median = float(np.median(times))
+    return {
+        "contender": parts[0].name,
+        "median_ms": 1e3 * median,
+        "best_ms": 1e3 * min(times),
+        "x_adamw": float(np.median(np.divide(times, adamw.times))),
+        "x_lorapro": float(np.median(np.divide(times, adjusting.times))),
+        "temp_bytes": temp,
+        "temp_per_factor_bytes": temp / factor_bytes,
+        "moved_bytes": moved,
+        "gb_per_s": moved / median / 1e9,
+        "trace_s": sum(part.trace_s for part in parts),
+        "compile_s": sum(part.compile_s for part in parts),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows for people; the JSON holds more."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "ms": lambda row: f"{row['median_ms']:.1f}",
+        "best": lambda row: f"{row['best_ms']:.1f}",
+        "x adamw": lambda row: f"{row['x_adamw']:.2f}",
+        "x lorapro": lambda row: f"{row['x_lorapro']:.2f}",
+        "GB/s": lambda row: f"{row['gb_per_s']:.1f}",
+        "temp MiB": lambda row: f"{row['temp_bytes'] / 2**20:.1f}",
+        "/factors": lambda row: f"{row['temp_per_factor_bytes']:.2f}",
+        "compile": lambda row: f"{row['trace_s'] + row['compile_s']:.1f} s",
+    }
+    result = Table("tree", "r", "contender", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in columns:
+        result.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        name = row["contender"] + ("*" if "note" in row else "")
+        cells = [cell(row) for cell in columns.values()]
+        result.add_row(row["tree"], str(row["rank"]), name, *cells)
+    return result
+
+
+def main() -> None:
+    """Runs the cases asked for, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(description="What lorapro() costs.")
+    parser.add_argument("--quick", action="store_true", help="ViT-B/16 at rank 8 only")
+    parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
+    parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
+    parser.add_argument("--repeat", type=int, default=15, help="turns (default: 15)")
+    parser.add_argument("--no-literal", action="store_true")
+    parser.add_argument("--output", type=pathlib.Path, help="of the JSON")
+    args = parser.parse_args()
+    if args.quick:
+        args.trees, args.ranks = ["vit-b16"], [LITERAL_RANK]
+
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
+    info = machine()
+    rows: list[dict[str, Any]] = []
+    for tree in args.trees:
+        for rank in args.ranks:
+            print(f"{tree} r={rank} ...", file=sys.stderr)
+            rows += run_case(tree, rank, args.repeat, not args.no_literal)
+    speeds = copy_bandwidth()
+
+    Console(width=110).print(table(rows))
+    print("* extrapolated from one pair of each shape; memory: the largest pair")
+    for facts in ({f"copy GB/s {k}": f"{v:.1f}" for k, v in speeds.items()}, info):
+        print(", ".join(f"{key} {value}" for key, value in facts.items()))
+
+    kind = "cpu" if info["platform"] == "cpu" else "gpu"
+    output = args.output or RESULTS / f"adjust-{kind}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": info, "copy_gb_per_s": speeds, "rows": rows}
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Timing compiled programs side by side, and the facts about the machine."""
+
+import dataclasses
+import importlib.metadata
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PACKAGES = ("jax", "jaxlib", "optax", "lorapro_jax")
+
+
+@dataclasses.dataclass
+class Contender:
+    """A compiled `step(carry, grads)`; with `donate` its result is the next carry."""
+
+    name: str
+    step: Callable[[Any, Any], Any]
+    carry: Any
+    grads: Any
+    donate: bool = False
+    count: int = 1  # the time counts this often: the extrapolation of `literal`
+    times: list[float] = dataclasses.field(default_factory=list)
+
+    def compile(self) -> "Contender":
+        """Traces and compiles, timing both."""
+        start = time.perf_counter()
+        jitted = jax.jit(self.step, donate_argnums=(0,) if self.donate else ())
+        lowered = jitted.lower(self.carry, self.grads)
+        self.trace_s = time.perf_counter() - start
+        self.compiled = lowered.compile()
+        self.compile_s = time.perf_counter() - start - self.trace_s
+        memory = self.compiled.memory_analysis()
+        self.temp_bytes = memory.temp_size_in_bytes if memory else 0
+        # What is donated is read and written; the steps of `lorapro` and `literal`
+        # are as large as the gradients.
+        written = self.carry if self.donate else self.grads
+        self.moved = tree_bytes((self.carry, self.grads, written))
+        return self
+
+    def run(self) -> Any:
+        """One step, to its end: dispatch is asynchronous."""
+        result = jax.block_until_ready(self.compiled(self.carry, self.grads))
+        if self.donate:
+            self.carry = result
+        return result
+
+    def time(self) -> None:
+        """One more entry in `times`, in seconds."""
+        start = time.perf_counter()
+        self.run()
+        self.times.append(self.count * (time.perf_counter() - start))
+
+
+def copy_bandwidth(repeat: int = 10, size: int = 2**28) -> dict[str, float]:
+    """GB/s of `x + 1`, read and write, into the same memory and into new memory.
+
+    On a CPU new memory is much slower, because the system has to map its pages.
+    """
+    speeds = {}
+    for name, donate in (("in_place", True), ("new_memory", False)):
+        x = jnp.zeros(size // 4, jnp.float32)
+        copy = Contender(name, lambda x, _: x + 1, x, None, donate).compile()
+        copy.run()
+        for _ in range(repeat):
+            copy.time()
+        speeds[name] = 2 * size / min(copy.times) / 1e9
+    return speeds
+
+
+def machine() -> dict[str, Any]:
+    """Device and versions, to compare results by."""
+    device = jax.devices()[0]
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "cpu": models[0] if models else platform.machine(),
+        "cpu_count": os.cpu_count(),
+        # LAPACK's own threads compete with XLA's: at rank 64 they cost several times.
+        "openblas_num_threads": os.environ.get("OPENBLAS_NUM_THREADS", "default"),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def tree_bytes(tree: Any) -> int:
+    """The bytes of all leaves."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree))

@@ -1,0 +1,202 @@
+"""Training that runs many learning rates and seeds at once, by `jax.vmap`.
+
+One compiled program serves a whole sweep; every run sees the same batches for the
+same seed, whatever the method.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from examples.vit_digits import Data, ViT, loss_and_accuracy
+from lorapro_jax import equivalent_gradient, find_pairs
+
+BATCH, RANK, CHUNK = 64, 4, 25
+
+
+class Method(NamedTuple):
+    """A way to fine-tune.
+
+    Attributes:
+      name: For tables and pictures.
+      optimizer: From a learning-rate schedule to the Optax transform.
+      rates: The learning rates of its sweep, ascending.
+      trains: The type of variable it trains: `nnx.LoRAParam` or `nnx.Param`.
+    """
+
+    name: str
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation]
+    rates: tuple[float, ...]
+    trains: type[nnx.Variable] = nnx.LoRAParam
+
+
+class Run(NamedTuple):
+    """One training run in progress; under `vmap`, with leading axes (rate, seed).
+
+    Attributes:
+      trainable: The state that is trained.
+      opt_state: Of the optimizer.
+      frozen: The rest of the model's state.
+      rate: The peak learning rate.
+      key: For the order of the batches.
+      step: Steps done.
+    """
+
+    trainable: Any
+    opt_state: Any
+    frozen: Any
+    rate: jax.Array
+    key: jax.Array
+    step: jax.Array
+
+
+def schedule(rate: jax.typing.ArrayLike, steps: int) -> optax.Schedule:
+    """Linear warm-up over a tenth of the steps, then cosine decay to 0."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
+    return lambda count: rate * shape(count)
+
+
+def start(method: Method, base: nnx.State, steps: int) -> Callable[..., Run]:
+    """A function `(rate, seed) -> Run` from pretrained weights, vmappable."""
+
+    def begin(rate, seed):
+        model = new_model(method, seed)
+        nnx.update(model, base)
+        _, trainable, frozen = nnx.split(model, method.trains, ...)
+        tx = method.optimizer(schedule(rate, steps))
+        key = jax.random.key(seed)
+        return Run(trainable, tx.init(trainable), frozen, rate, key, jnp.int32(0))
+
+    return begin
+
+
+def new_model(method: Method, seed: jax.typing.ArrayLike = 0) -> ViT:
+    """The model that a method trains: with adapters or without."""
+    rank = RANK if method.trains is nnx.LoRAParam else None
+    return ViT(nnx.Rngs(jax.random.key(seed)), rank=rank)
+
+
+def make_chunk(
+    method: Method, graph: nnx.GraphDef, data: Data, steps: int
+) -> Callable[[Run], tuple[Run, jax.Array]]:
+    """A function that trains one run for `CHUNK` steps and returns the losses."""
+
+    def loss_fn(trainable, frozen, batch):
+        return loss_and_accuracy(nnx.merge(graph, trainable, frozen), batch)[0]
+
+    def one(run: Run, _):
+        tx = method.optimizer(schedule(run.rate, steps))
+        batch = take_batch(run, data)
+        loss, grads = jax.value_and_grad(loss_fn)(run.trainable, run.frozen, batch)
+        updates, opt_state = tx.update(grads, run.opt_state, run.trainable)
+        trainable = optax.apply_updates(run.trainable, updates)
+        new = run._replace(trainable=trainable, opt_state=opt_state, step=run.step + 1)
+        return new, loss
+
+    return lambda run: jax.lax.scan(one, run, length=CHUNK)
+
+
+def take_batch(run: Run, data: Data) -> Data:
+    """The batch of a run's current step: it depends on its seed and step alone."""
+    key = jax.random.fold_in(run.key, run.step)
+    index = jax.random.randint(key, (BATCH,), 0, len(data.labels))
+    return Data(data.images[index], data.labels[index])
+
+
+def train(
+    method: Method,
+    base: nnx.State,
+    data: Data,
+    rates: jax.Array,
+    seeds: jax.Array,
+    steps: int,
+    *,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda chunks: chunks,
+    watch: Callable[[Run], Any] | None = None,
+) -> tuple[Run, jax.Array, list[Any]]:
+    """Trains `len(rates) × len(seeds)` runs side by side.
+
+    Args:
+      method: What to train and how.
+      base: The pretrained weights.
+      data: Training data.
+      rates: Peak learning rates, `(R,)`.
+      seeds: Of the adapters and of the batches, `(S,)`.
+      steps: Optimizer steps, a multiple of `CHUNK`.
+      progress: Wraps the loop over chunks, to show a bar.
+      watch: Called on each run before each chunk, vmapped and compiled.
+
+    Returns:
+      The final runs with leading axes `(R, S)`, losses `(R, S, steps)`, and what
+      `watch` returned before each chunk.
+    """
+    both = lambda fn: jax.vmap(jax.vmap(fn))
+    grid = [x.ravel() for x in jnp.meshgrid(rates, seeds, indexing="ij")]
+    shape = (len(rates), len(seeds))
+    begin = both(start(method, base, steps))
+    runs = jax.jit(begin)(*(x.reshape(shape) for x in grid))
+    chunk = jax.jit(
+        both(make_chunk(method, nnx.graphdef(new_model(method)), data, steps))
+    )
+    look = jax.jit(both(watch)) if watch else lambda _: None
+    losses, seen = [], []
+    for _ in progress(range(steps // CHUNK)):
+        seen.append(look(runs))
+        runs, loss = chunk(runs)
+        losses.append(jax.block_until_ready(loss))
+    return runs, jnp.concatenate(losses, axis=-1), seen
+
+
+def evaluate(method: Method, runs: Run, data: Data) -> tuple[jax.Array, jax.Array]:
+    """Loss and accuracy of runs with leading axes `(R, S)`."""
+    graph = nnx.graphdef(new_model(method))
+    one = lambda run: loss_and_accuracy(
+        nnx.merge(graph, run.trainable, run.frozen), data
+    )
+    return jax.jit(jax.vmap(jax.vmap(one)))(runs)
+
+
+def distance_to_full_gradient(
+    method: Method, data: Data, adjust: Callable[[Any, Any], Any]
+) -> Callable[[Run], tuple[jax.Array, jax.Array]]:
+    """A `watch` for `train`: ‖E - G‖ / ‖G‖ over all adapted layers.
+
+    G is the gradient of the base kernels, E the equivalent gradient of
+    `adjust(gradients of the factors, factors)`. Returned are the distance of E as
+    it is, and of c E for the best number c, which a learning rate could supply.
+    """
+    graph = nnx.graphdef(new_model(method))
+
+    def look(run: Run):
+        def loss_fn(factors, frozen):
+            model = nnx.merge(graph, factors, frozen)
+            return loss_and_accuracy(model, take_batch(run, data))[0]
+
+        grads, full = jax.grad(loss_fn, (0, 1))(run.trainable, run.frozen)
+        steps, full = adjust(grads, run.trainable), dict(_by_path(full))
+        steps, factors = dict(_by_path(steps)), dict(_by_path(run.trainable))
+        both, total, along = 0.0, 0.0, 0.0
+        for pair in find_pairs(run.trainable):
+            e = equivalent_gradient(
+                *(factors[pair.a], factors[pair.b], steps[pair.a], steps[pair.b]),
+                pair.scale,
+                pair=pair,
+            )
+            g = full[pair.a.removesuffix("lora/lora_a") + "kernel"]
+            both, total = both + jnp.vdot(e, e), total + jnp.vdot(g, g)
+            along += jnp.vdot(e, g)
+        as_is = jnp.sqrt((both - 2 * along + total) / total)
+        best = jnp.sqrt(jnp.maximum(1 - along**2 / (both * total), 0))
+        return as_is, best
+
+    return look
+
+
+def _by_path(state: nnx.State) -> Iterable[tuple[str, jax.Array]]:
+    """Leaves by the paths that `find_pairs` uses."""
+    for path, leaf in nnx.to_flat_state(state):
+        yield "/".join(map(str, path)), leaf[...]
