@@ -44,10 +44,8 @@ def pretrain(data, steps):
     """The weights from which every method starts."""
     method = Method("pretraining", optax.adamw, (3e-3,), nnx.Param)
     base = nnx.state(new_model(method))
-    runs, _, _ = train(
-        method, base, data, jnp.array(method.rates), jnp.zeros(1, int), steps
-    )
-    return jax.tree.map(lambda x: x[0, 0], runs.trainable)
+    trained = train(method, base, data, jnp.zeros(1, int), steps)
+    return jax.tree.map(lambda x: x[0, 0], trained.runs.trainable)
 
 
 def methods():
@@ -63,9 +61,8 @@ def methods():
 
 def measure(method, base, data, seeds, steps):
     """Mean over seeds, per rate: validation loss and accuracy, and their spread."""
-    rates = jnp.array(method.rates)
-    runs, _, _ = train(method, base, data.train, rates, jnp.arange(seeds), steps)
-    loss, accuracy = map(np.asarray, evaluate(method, runs, data.validation))
+    trained = train(method, base, data.train, jnp.arange(seeds), steps)
+    loss, accuracy = map(np.asarray, evaluate(method, trained.runs, data.validation))
     finite = np.where(np.isfinite(loss), loss, np.inf)
     # Chance level for a run that has diverged: worse is not more informative.
     loss = np.minimum(finite, math.log(10))

@@ -4,6 +4,7 @@ One compiled program serves a whole sweep; every run sees the same batches for t
 same seed, whatever the method.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import optax
 from flax import nnx
 
 from examples.vit_digits import Data, ViT, loss_and_accuracy
-from lorapro_jax import equivalent_gradient, find_pairs
+from lorapro_jax import equivalent_gradient, find_pairs, lorapro
 
 BATCH, RANK, CHUNK = 64, 4, 25
 
@@ -52,6 +53,22 @@ class Run(NamedTuple):
     rate: jax.Array
     key: jax.Array
     step: jax.Array
+
+
+class Trained(NamedTuple):
+    """What comes out of `train`, for R rates and S seeds.
+
+    Attributes:
+      runs: The final runs, with leading axes `(R, S)`.
+      losses: Of the batches, `(R, S, steps)`.
+      watched: What `watch` returned before each chunk, `(R, S, steps / CHUNK)` each.
+      seconds: For one run, without compilation.
+    """
+
+    runs: Run
+    losses: jax.Array
+    watched: Any
+    seconds: float
 
 
 def schedule(rate: jax.typing.ArrayLike, steps: int) -> optax.Schedule:
@@ -111,44 +128,39 @@ def train(
     method: Method,
     base: nnx.State,
     data: Data,
-    rates: jax.Array,
     seeds: jax.Array,
     steps: int,
     *,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda chunks: chunks,
+    progress: Callable[[list[int]], Iterable[int]] = lambda chunks: chunks,
     watch: Callable[[Run], Any] | None = None,
-) -> tuple[Run, jax.Array, list[Any]]:
-    """Trains `len(rates) × len(seeds)` runs side by side.
+) -> Trained:
+    """Trains every rate of a method with every seed, side by side.
 
     Args:
-      method: What to train and how.
+      method: What to train, how, and at which rates.
       base: The pretrained weights.
       data: Training data.
-      rates: Peak learning rates, `(R,)`.
       seeds: Of the adapters and of the batches, `(S,)`.
       steps: Optimizer steps, a multiple of `CHUNK`.
       progress: Wraps the loop over chunks, to show a bar.
-      watch: Called on each run before each chunk, vmapped and compiled.
-
-    Returns:
-      The final runs with leading axes `(R, S)`, losses `(R, S, steps)`, and what
-      `watch` returned before each chunk.
+      watch: Called on each run before each chunk, under `vmap` and `jit`.
     """
-    both = lambda fn: jax.vmap(jax.vmap(fn))
-    grid = [x.ravel() for x in jnp.meshgrid(rates, seeds, indexing="ij")]
-    shape = (len(rates), len(seeds))
-    begin = both(start(method, base, steps))
-    runs = jax.jit(begin)(*(x.reshape(shape) for x in grid))
-    chunk = jax.jit(
-        both(make_chunk(method, nnx.graphdef(new_model(method)), data, steps))
-    )
-    look = jax.jit(both(watch)) if watch else lambda _: None
-    losses, seen = [], []
-    for _ in progress(range(steps // CHUNK)):
-        seen.append(look(runs))
-        runs, loss = chunk(runs)
-        losses.append(jax.block_until_ready(loss))
-    return runs, jnp.concatenate(losses, axis=-1), seen
+    every = lambda fn: jax.jit(jax.vmap(jax.vmap(fn)))
+    rates, seeds = jnp.meshgrid(jnp.array(method.rates), seeds, indexing="ij")
+    runs = every(start(method, base, steps))(rates, seeds)
+    graph = nnx.graphdef(new_model(method))
+    chunk = every(make_chunk(method, graph, data, steps)).lower(runs).compile()
+    look = every(watch) if watch else None
+    losses, seen, seconds = [], [], 0.0
+    for _ in progress(list(range(steps // CHUNK))):
+        if look:
+            seen.append(look(runs))
+        begun = time.perf_counter()
+        runs, loss = jax.block_until_ready(chunk(runs))
+        seconds += time.perf_counter() - begun
+        losses.append(loss)
+    watched = jax.tree.map(lambda *xs: jnp.stack(xs, -1), *seen) if look else None
+    return Trained(runs, jnp.concatenate(losses, -1), watched, seconds / rates.size)
 
 
 def evaluate(method: Method, runs: Run, data: Data) -> tuple[jax.Array, jax.Array]:
@@ -162,12 +174,13 @@ def evaluate(method: Method, runs: Run, data: Data) -> tuple[jax.Array, jax.Arra
 
 def distance_to_full_gradient(
     method: Method, data: Data, adjust: Callable[[Any, Any], Any]
-) -> Callable[[Run], tuple[jax.Array, jax.Array]]:
+) -> Callable[[Run], tuple[jax.Array, ...]]:
     """A `watch` for `train`: ‖E - G‖ / ‖G‖ over all adapted layers.
 
     G is the gradient of the base kernels, E the equivalent gradient of
     `adjust(gradients of the factors, factors)`. Returned are the distance of E as
-    it is, and of c E for the best number c, which a learning rate could supply.
+    it is, of c E for the best number c, which a learning rate could supply, and
+    of the closest E that any step on these factors has (`lorapro` undamped).
     """
     graph = nnx.graphdef(new_model(method))
 
@@ -177,21 +190,23 @@ def distance_to_full_gradient(
             return loss_and_accuracy(model, take_batch(run, data))[0]
 
         grads, full = jax.grad(loss_fn, (0, 1))(run.trainable, run.frozen)
-        steps, full = adjust(grads, run.trainable), dict(_by_path(full))
-        steps, factors = dict(_by_path(steps)), dict(_by_path(run.trainable))
-        both, total, along = 0.0, 0.0, 0.0
-        for pair in find_pairs(run.trainable):
-            e = equivalent_gradient(
-                *(factors[pair.a], factors[pair.b], steps[pair.a], steps[pair.b]),
-                pair.scale,
-                pair=pair,
-            )
-            g = full[pair.a.removesuffix("lora/lora_a") + "kernel"]
-            both, total = both + jnp.vdot(e, e), total + jnp.vdot(g, g)
-            along += jnp.vdot(e, g)
-        as_is = jnp.sqrt((both - 2 * along + total) / total)
-        best = jnp.sqrt(jnp.maximum(1 - along**2 / (both * total), 0))
-        return as_is, best
+        factors, full = dict(_by_path(run.trainable)), dict(_by_path(full))
+        pairs = find_pairs(run.trainable)
+
+        def products(steps):
+            """⟨E, E⟩, ⟨E, G⟩ and ⟨G, G⟩, summed over all layers."""
+            steps = dict(_by_path(steps))
+            for pair in pairs:
+                values = [x[path] for x in (factors, steps) for path in pair[:2]]
+                e = equivalent_gradient(*values, pair.scale, pair=pair)
+                g = full[pair.a.removesuffix("lora/lora_a") + "kernel"]
+                yield jnp.array([jnp.vdot(e, e), jnp.vdot(e, g), jnp.vdot(g, g)])
+
+        ee, eg, gg = sum(products(adjust(grads, run.trainable)))
+        exact, _ = lorapro(damping=0.0).update(grads, None, run.trainable)
+        limit, *_ = sum(products(exact))  # a projection of G: ⟨E, G⟩ = ⟨E, E⟩
+        squares = ee - 2 * eg + gg, gg - eg**2 / ee, gg - limit
+        return tuple(jnp.sqrt(jnp.maximum(x, 0) / gg) for x in squares)
 
     return look
 
