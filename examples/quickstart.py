@@ -48,7 +48,7 @@ METHODS = (
     Method(
         "LoRA-Pro",
         lambda rate: optax.chain(lorapro(), optax.adamw(rate)),
-        (1e-3, 3e-3, 1e-2, 3e-2),
+        (3e-3, 1e-2, 3e-2, 1e-1),
     ),
 )
 PRETRAINING = Method("pretraining", optax.adamw, (3e-3,), nnx.Param)
@@ -189,7 +189,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer steps, one seed")
     parser.add_argument("--output", type=Path, default=Path("out/quickstart"))
     args = parser.parse_args()
-    steps, seeds, rates = (75, 1, slice(2, 3)) if args.quick else (500, 3, slice(None))
+    steps, seeds, rates = (75, 1, slice(1, 3)) if args.quick else (500, 3, slice(None))
     methods = [method._replace(rates=method.rates[rates]) for method in METHODS]
     args.output.mkdir(parents=True, exist_ok=True)
     console = Console(width=100)

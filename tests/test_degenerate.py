@@ -41,7 +41,7 @@ def _update(params, grads, scale, damping, gauge):
 
 @pytest.mark.parametrize("damping", [0.0, 1e-4, 0.1])
 @pytest.mark.parametrize("cond", [1.0, 10.0, 100.0])
-@pytest.mark.parametrize("shape", [(40, 30, 4), (33, 70, 16)])
+@pytest.mark.parametrize("shape", [(40, 30, 4), (25, 33, 8)])
 def test_float32_error_is_rounding_times_the_squared_condition_number(
     shape, cond, damping
 ):
