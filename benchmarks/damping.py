@@ -4,10 +4,9 @@
     python -m benchmarks.damping --quick    # 2 minutes, for a smoke test
 
 For each optimizer behind `lorapro()` (AdamW, and SGD with momentum 0.9) and each
-damping: the validation loss and
-accuracy at the best learning rate of a grid, and at a rate 10 times smaller, where
-a first step that is too long would show. Plain LoRA stands beside it. Results go to
-`benchmarks/results/damping.json`.
+damping: the validation loss and accuracy at the best learning rate of a grid, and at
+a tenth of that rate, where a first step that is too long would show. Plain LoRA
+stands beside it. Results go to `benchmarks/results/damping.json`.
 """
 
 import argparse

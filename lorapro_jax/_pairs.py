@@ -99,6 +99,11 @@ def _read_explicit(
     pairs: list[LoRAPair] = []
     owners: dict[str, str] = {}
     for given in spec(tree) if callable(spec) else spec:
+        if isinstance(given, str) or not 2 <= len(given) <= len(LoRAPair._fields):
+            raise ValueError(
+                f"`pairs` contains {given!r}. It is a list of `LoRAPair`s or of tuples "
+                "`(path of A, path of B)`, also when there is only one."
+            )
         pair = LoRAPair(*given)
         pair = pair._replace(a=normalize_path(pair.a), b=normalize_path(pair.b))
         for path in (pair.a, pair.b):

@@ -87,6 +87,8 @@ def lorapro(
     """
     check_scale_options(scale, alpha, rslora)
     _check_options(gauge, damping, on_no_pairs)
+    if pairs is not None and not callable(pairs):
+        pairs = tuple(pairs)  # a generator could be read only once
     find = functools.partial(
         find_pairs,
         scale=scale,

@@ -214,6 +214,13 @@ def test_scale_is_resolved_pair_by_pair(options, expected):
     np.testing.assert_allclose(scales, expected)
 
 
+def test_pairs_from_a_generator_are_still_there_at_the_first_update():
+    params = {"m": {"x": jnp.ones((64, 4)), "y": jnp.ones((4, 8))}}
+    tx = lorapro(pairs=(pair for pair in [("m/x", "m/y")]))
+    step, _ = tx.update(params, tx.init(params), params)
+    assert not np.array_equal(step["m"]["x"], params["m"]["x"])
+
+
 def test_scale_of_an_explicit_pair_goes_before_the_option():
     pairs = [LoRAPair("m/lora_a", "m/lora_b", scale=7.0)]
     (pair,) = find_pairs(pair_tree((64, 4), (4, 8)), pairs=pairs, scale=2.0)
@@ -316,6 +323,11 @@ ERRORS = {
         GOOD,
         {"pairs": [("m/lora_a", "m/lora_b"), ("m/lora_a", "m/lora_b")]},
         r"`m/lora_a` belongs to two of the given `pairs`",
+    ),
+    "one pair without a list": (
+        GOOD,
+        {"pairs": LoRAPair("m/lora_a", "m/lora_b")},
+        r"`pairs` contains 'm/lora_a'\. It is a list of `LoRAPair`s or of tuples",
     ),
     "half of the axes": (
         GOOD,
