@@ -43,7 +43,7 @@ from examples.vit_digits import load_tasks
 from lorapro_jax import describe_pairs, lorapro
 
 METHODS = (
-    Method("full fine-tuning", optax.adamw, (3e-4, 1e-3, 3e-3, 1e-2), nnx.Param),
+    Method("full fine-tuning", optax.adamw, (1e-3, 3e-3, 1e-2, 3e-2), nnx.Param),
     Method("LoRA", optax.adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
     Method(
         "LoRA-Pro",

@@ -37,6 +37,7 @@ from ._linalg import (
     eigh_psd,
     power_of_two,
     reciprocal,
+    rounding_level,
     split_batches,
     stack_square,
 )
@@ -148,7 +149,8 @@ def coefficients(
     mean = (lam.sum(-1) + mu.sum(-1)) / jnp.asarray(ranks, dtype)
     e = (jnp.asarray(damping, dtype) * mean)[:, None]
 
-    inverse_b, inverse_a = reciprocal(lam + e), reciprocal(mu + e)
+    inverse_b = _damped_inverse(lam, e, ranks)
+    inverse_a = _damped_inverse(mu, e, ranks)
     k = _matmul(_matmul(u.mT, cross), v)
     # A direction that a factor lacks has no cross term, only rounding noise.
     k = jnp.where((inverse_b[:, :, None] == 0) | (inverse_a[:, None, :] == 0), 0, k)
@@ -165,6 +167,16 @@ def coefficients(
         grad_b=_matmul(v * inverse_a[:, None, :], v.mT),
         factor_b=_matmul(_matmul(v, on_b.mT), u.mT),
     )
+
+
+def _damped_inverse(values: jax.Array, e: jax.Array, ranks: np.ndarray) -> jax.Array:
+    """1/(λ+e), and 0 for a lost direction that e is too small to bring back.
+
+    There e is itself below the rounding noise of the Gram matrix and of what the
+    result is multiplied with, and 1/e would amplify that noise.
+    """
+    lost = (values == 0) & (e < rounding_level(values, ranks))
+    return jnp.where(lost, 0, reciprocal(values + e))
 
 
 def equivalent(pair: PairArrays, step_a: jax.Array, step_b: jax.Array) -> jax.Array:

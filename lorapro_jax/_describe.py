@@ -18,7 +18,8 @@ def describe_pairs(tree: Any, **options: Any) -> str:
       **options: Those of `find_pairs`.
 
     Returns:
-      One line a pair: path, shapes, layout, stacked axes, rank, scale.
+      One line a pair: path, shapes, layout, stacked axes, rank, scale; and the other
+      leaves with "lora" in their path, if there are any.
 
     Raises:
       ValueError: As `find_pairs`.
@@ -40,6 +41,10 @@ def describe_pairs(tree: Any, **options: Any) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
+    paired = {path for pair in pairs for path in pair[:2]}
+    others = [path for path in leaves if "lora" in path.lower() and path not in paired]
+    if others:
+        lines.append(f"not in a pair: {', '.join(others)}")
     return "\n".join(line.rstrip() for line in lines)
 
 

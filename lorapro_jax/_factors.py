@@ -58,12 +58,15 @@ def in_compute_dtype(pair: PairArrays) -> PairArrays:
 
 
 def largest_entry(pair: PairArrays) -> jax.Array:
-    """The largest absolute value in either factor, `(*batch)`."""
+    """The largest absolute value in either factor, `(*batch)`, replicated."""
 
     def largest(x: jax.Array, axes: FactorAxes) -> jax.Array:
         return jnp.abs(x).max(axis=(axes.rank, *axes.features(x.ndim)))
 
-    return jnp.maximum(largest(pair.a, pair.a_axes), largest(pair.b, pair.b_axes))
+    entries = [largest(pair.a, pair.a_axes), largest(pair.b, pair.b_axes)]
+    if sharding := _explicit_sharding(pair.a, ()):
+        entries = [jax.sharding.reshard(x, sharding) for x in entries]
+    return jnp.maximum(*entries)
 
 
 def times(scalars: jax.Array, x: jax.Array, axes: FactorAxes) -> jax.Array:

@@ -57,6 +57,7 @@ def equivalent_gradient(
       >>> equivalent_gradient(a, b, 0 * a, jnp.ones_like(b), 2.0)[0, 0]
       Array(8., dtype=float32)
     """
+    a, b, da, db = (jnp.asarray(x) for x in (a, b, da, db))
     axes = _axes(a, b, da, db, pair)
     at_a = FactorAxes(axes.a_rank, axes.a_batch)
     at_b = FactorAxes(axes.b_rank, axes.b_batch)
@@ -76,6 +77,8 @@ def _axes(
             f"The steps have shapes {da.shape} and {db.shape}, their factors {a.shape} "
             f"and {b.shape}. Pass `(a, b, da, db)` in this order."
         )
+    if any(jnp.iscomplexobj(x) for x in (a, b, da, db)):
+        raise ValueError("Complex factors are not supported; pass real arrays.")
     try:
         if pair is None:
             return infer_axes(a.shape, b.shape, ("jax", "torch"), (), any_rank=False)

@@ -7,9 +7,11 @@ feature axis: heads, kernel windows.
 """
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 from jax.typing import ArrayLike
 
 from ._paths import Layout
@@ -147,24 +149,28 @@ def check_axes(a: Shape, b: Shape, axes: Sequence[Any]) -> Axes:
       LayoutError: An axis that does not exist, is named twice or is missing, or
         sizes that differ.
     """
-    a_rank, b_rank, a_batch, b_batch = axes
-    if a_rank is None or b_rank is None:
+    if axes[0] is None or axes[1] is None:
         raise LayoutError(
-            f"`a_rank_axis={a_rank}` and `b_rank_axis={b_rank}` go together"
+            f"`a_rank_axis={axes[0]}` and `b_rank_axis={axes[1]}` go together, and "
+            "with batch axes both are needed"
         )
-    (a_rank, *a_batch), (b_rank, *b_batch) = (
-        _non_negative(name, shape, (rank, *batch))
-        for name, shape, rank, batch in (
-            ("A", a, a_rank, a_batch),
-            ("B", b, b_rank, b_batch),
-        )
-    )
+    a_rank, *a_batch = _non_negative("A", a, (axes[0], *as_axes(axes[2])))
+    b_rank, *b_batch = _non_negative("B", b, (axes[1], *as_axes(axes[3])))
     if a[a_rank] != b[b_rank]:
         raise LayoutError(f"the rank is {a[a_rank]} in A and {b[b_rank]} in B")
     stacks = [a[axis] for axis in a_batch], [b[axis] for axis in b_batch]
     if stacks[0] != stacks[1]:
         raise LayoutError(f"the batch axes have sizes {stacks[0]} and {stacks[1]}")
     return Axes(a_rank, b_rank, tuple(a_batch), tuple(b_batch))
+
+
+def as_axes(axes: Any) -> Shape:
+    """One axis, several, or None for none, as a tuple of Python integers."""
+    try:
+        found = () if axes is None else tuple(axes) if np.iterable(axes) else (axes,)
+        return tuple(operator.index(axis) for axis in found)
+    except TypeError:
+        raise LayoutError(f"{axes!r} is no axis and no tuple of axes") from None
 
 
 def factor_axes(pair: LoRAPair) -> tuple[FactorAxes, FactorAxes]:
@@ -201,7 +207,7 @@ def _readings(a: Shape, b: Shape, layout: Layout) -> Iterator[Axes]:
 
 def _with_stack(readings: list[Axes], wanted: int | Sequence[int]) -> list[Axes]:
     """The readings stacked exactly as `wanted`, else those that also stack more."""
-    axes = (wanted,) if isinstance(wanted, int) else tuple(wanted)
+    axes = as_axes(wanted)
     exact = [x for x in readings if x.a_batch == axes]
     return exact or [x for x in readings if axes and set(axes) <= set(x.a_batch)]
 
@@ -223,8 +229,9 @@ def _describe(a: Shape, axes: Axes) -> str:
 
 
 def _non_negative(name: str, shape: Shape, axes: Sequence[int]) -> list[int]:
+    axes = as_axes(axes)
     if not all(-len(shape) <= axis < len(shape) for axis in axes):
-        raise LayoutError(f"{name} has no axes {tuple(axes)}")
+        raise LayoutError(f"{name} has no axes {axes}")
     found = [axis % len(shape) for axis in axes]
     if len(set(found)) < len(found):
         raise LayoutError(f"the axes {tuple(axes)} of {name} name one axis twice")

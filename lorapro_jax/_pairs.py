@@ -8,6 +8,8 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from ._layout import LayoutError, LoRAPair, Shape, check_axes, infer_axes
 from ._leaves import Leaf, check_factor, index_leaves, masked_paths
 from ._paths import FactorName, Layout, normalize_path, parse_factor_name
@@ -98,13 +100,23 @@ def _read_explicit(
     """The pairs that the user names, with what they leave out filled in."""
     pairs: list[LoRAPair] = []
     owners: dict[str, str] = {}
-    for given in spec(tree) if callable(spec) else spec:
-        if isinstance(given, str) or not 2 <= len(given) <= len(LoRAPair._fields):
+    given_pairs: Any = spec(tree) if callable(spec) else spec
+    if isinstance(given_pairs, LoRAPair | str) or not np.iterable(given_pairs):
+        given_pairs = [given_pairs]
+    for given in given_pairs:
+        if not isinstance(given, tuple | list) or not 2 <= len(given) <= len(
+            LoRAPair._fields
+        ):
             raise ValueError(
                 f"`pairs` contains {given!r}. It is a list of `LoRAPair`s or of tuples "
                 "`(path of A, path of B)`, also when there is only one."
             )
         pair = LoRAPair(*given)
+        if not (isinstance(pair.a, str) and isinstance(pair.b, str)):
+            raise ValueError(
+                f"`pairs` contains {given!r}; both paths have to be strings, such as "
+                "'4' for the fifth leaf of a list."
+            )
         pair = pair._replace(a=normalize_path(pair.a), b=normalize_path(pair.b))
         for path in (pair.a, pair.b):
             if path not in leaves:
@@ -134,13 +146,19 @@ def _read_pair(
         check_factor(path, leaves[path])
     a, b = leaves[pair.a].shape, leaves[pair.b].shape
     try:
-        if pair.a_rank_axis is None and pair.b_rank_axis is None:
+        if pair[2:6] == LoRAPair("", "")[2:6]:
             axes = infer_axes(a, b, layouts, stack_axis, any_rank=any_rank)
         else:
             axes = check_axes(a, b, pair[2:6])
     except LayoutError as error:
         raise ValueError(_no_pair_message(pair, a, b, error)) from None
-    return LoRAPair(pair.a, pair.b, *axes, pair.scale, a[axes.a_rank])
+    rank = a[axes.a_rank]
+    if pair.rank not in (None, rank):
+        raise ValueError(
+            f"`{pair.a}` has rank {rank} on axis {axes.a_rank}, not the given "
+            f"`rank={pair.rank}`. Leave `rank` out, or give the right axes."
+        )
+    return LoRAPair(pair.a, pair.b, *axes, pair.scale, rank)
 
 
 def _half_pair_message(

@@ -53,7 +53,7 @@ def path_segments(path: str | Sequence[Any]) -> tuple[str, ...]:
     if not isinstance(path, str):
         keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
         path = "/".join(keys)
-    segments = [part for part in re.split(r"[/.\[\]'\"]+", path) if part]
+    segments = [part for part in re.split(r"[/.,()\[\]'\" ]+", path) if part]
     while len(segments) > 1 and segments[-1] in _BOXES:
         segments.pop()
     return tuple(segments)
@@ -70,6 +70,10 @@ def parse_factor_name(path: str) -> FactorName | None:
     suffix = []
     while len(segments) > 1 and segments[-1] in _WEIGHTS:
         suffix.append(segments.pop())
+    # PEFT names an adapter: `lora_A/task/weight`. It is part of what makes a pair.
+    adapter = ""
+    if suffix and len(segments) > 1 and _FACTOR.fullmatch(segments[-2]):
+        adapter = segments.pop()
     *parents, last = segments
 
     if match := _FACTOR.fullmatch(last):
@@ -82,7 +86,7 @@ def parse_factor_name(path: str) -> FactorName | None:
     sides = "down/up" if role in ("down", "up") else "a/b"
     return FactorName(
         owner="/".join(parents),
-        group=(*parents, stem, kind, sides),
+        group=(*parents, adapter, stem, kind, sides),
         role="a" if role in ("a", "A", "down") else "b",
         layouts=_layouts(suffix, embedding="embedding_" in kind, upper=role in "AB"),
     )

@@ -21,6 +21,8 @@ ScaleSpec: TypeAlias = (
 )
 """One number for all pairs, `{regex: number}`, or a function of the pair."""
 
+_FLOAT32 = np.finfo(np.float32)
+
 
 def resolve_scale(
     pair: LoRAPair, scale: ScaleSpec, alpha: ScaleSpec | None, rslora: bool
@@ -36,7 +38,7 @@ def resolve_scale(
         2312.03732).
 
     Raises:
-      ValueError: No pattern matches, or the number is 0 or not finite.
+      ValueError: No pattern matches, or the number is 0 or out of float32's range.
       TypeError: Not a number.
     """
     if pair.scale is not None:
@@ -50,8 +52,8 @@ def resolve_scale(
 
 def check_scale_options(scale: ScaleSpec, alpha: ScaleSpec | None, rslora: Any) -> None:
     """Raises ValueError where the three arguments contradict each other."""
-    # `inject_hyperparams` turns the default into an array: not the user's choice.
-    chosen = not isinstance(scale, jax.Array) and scale != 1.0
+    # Under jit, `inject_hyperparams` has turned even the default into a tracer.
+    chosen = not isinstance(scale, jax.core.Tracer) and scale != 1.0
     if alpha is not None and chosen:
         raise ValueError(
             f"Both `scale={scale!r}` and `alpha={alpha!r}` are given. Pass the scale "
@@ -70,8 +72,13 @@ def _look_up(spec: ScaleSpec, pair: LoRAPair, name: str) -> Any:
     if not isinstance(spec, Mapping):
         return spec
     for pattern, number in spec.items():
-        if re.search(pattern, pair.a) or re.search(pattern, pair.b):
-            return number
+        try:
+            if re.search(pattern, pair.a) or re.search(pattern, pair.b):
+                return number
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"{pattern!r} of `{name}=` is no regular expression: {error}."
+            ) from None
     raise ValueError(
         f"No pattern of `{name}={dict(spec)!r}` occurs in `{pair.a}` or `{pair.b}`. "
         "Add one that does, or '.*' at the end for all other pairs."
@@ -79,17 +86,27 @@ def _look_up(spec: ScaleSpec, pair: LoRAPair, name: str) -> Any:
 
 
 def _checked(number: Any, pair: LoRAPair, name: str) -> jax.Array | float:
-    is_number = isinstance(number, Real | np.ndarray) and not isinstance(number, bool)
-    if isinstance(number, jax.Array) and number.shape == ():
-        return number  # perhaps traced: its value cannot be looked at
-    if is_number and np.ndim(number) == 0:
-        value = float(number)
-        if value == 0 or not math.isfinite(value):
-            raise ValueError(
-                f"The {name} of `{pair.a}` is {value}. LoRA's s in W0 + s·B·A has to "
-                "be finite and other than 0: adjusting divides by it."
-            )
-        return value
-    raise TypeError(
-        f"The {name} of `{pair.a}` is {number!r}; it has to be one real number."
-    )
+    if isinstance(number, jax.core.Tracer) and number.shape == ():
+        return number  # its value cannot be looked at
+    if not is_real_scalar(number):
+        raise TypeError(
+            f"The {name} of `{pair.a}` is {number!r}; it has to be one real number."
+        )
+    smallest, largest = (float(x) for x in (_FLOAT32.tiny, _FLOAT32.max))
+    if not smallest <= abs(number) <= largest:  # also when it is NaN
+        raise ValueError(
+            f"The {name} of `{pair.a}` is {number}. LoRA's s in W0 + s·B·A has to be a "
+            "number other than 0 that float32 can hold: adjusting divides by it."
+        )
+    return float(number)
+
+
+def is_real_scalar(number: Any) -> bool:
+    """Whether a number has a value now: no tracer, no bool, no array with axes."""
+    kinds = Real | np.ndarray | jax.Array
+    if isinstance(number, jax.core.Tracer | bool) or not isinstance(number, kinds):
+        return False
+    array = np.asarray(number)
+    return (
+        array.ndim == 0 and array.dtype.kind in "iufVO"
+    )  # V is bfloat16, O a long int

@@ -118,6 +118,65 @@ EXTREMES = [
 ]
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-8, 1e-7, 1e-6, 1e-3])
+@pytest.mark.parametrize("lost", [0, 4, 7])
+def test_damping_below_the_rounding_noise_does_not_amplify_it(lost, damping):
+    """No E is farther from G than no step at all: ‖E - G‖ ≤ ‖G‖, even in float32."""
+    a, b, full = oracle.factors(13, 60, 50, 8, cond=1e4, dtype=np.float32)
+    if lost:
+        keep = np.diag(np.arange(8) < 8 - lost)
+        a, b = (np.linalg.qr(a.T)[0] @ keep).T, np.linalg.qr(b)[0] @ keep
+        a, b = (np.float64(np.float32(x)) for x in (a, b))
+    grads = oracle.lora_gradients(a, b, full, 1.0)
+
+    step = update(tree_of(a, b), tree_of(*grads), damping=damping)
+
+    received = [np.float64(step[key]).T for key in ("lora_a", "lora_b")]
+    distance = np.linalg.norm(oracle.equivalent(a, b, *received, 1.0) - full)
+    assert distance < 1.02 * np.linalg.norm(full)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+def test_null_space_is_recognised_at_every_rank(rank):
+    """Half of the directions lost, undamped: E is still the projection of G."""
+    rng = np.random.default_rng(rank)
+    spread = lambda n: np.linalg.qr(rng.standard_normal((n, rank)))[0]
+    mix = np.linalg.qr(rng.standard_normal((rank, rank)))[0][:, : rank // 2]
+    a, b = (mix @ (spread(4 * rank) @ mix).T), spread(5 * rank) @ mix @ mix.T
+    a, b = (np.float64(np.float32(x)) for x in (a, b))
+    full = rng.standard_normal((5 * rank, 4 * rank))
+
+    grads = oracle.lora_gradients(a, b, full, 1.0)
+    step = update(tree_of(a, b), tree_of(*grads), damping=0.0)
+
+    received = [np.float64(step[key]).T for key in ("lora_a", "lora_b")]
+    onto_b, onto_a = (x @ np.linalg.pinv(x, rcond=1e-4) for x in (b, a.T))
+    expected = onto_b @ full + (full - onto_b @ full) @ onto_a
+    error = oracle.equivalent(a, b, *received, 1.0) - expected
+    assert np.linalg.norm(error) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_update_can_be_differentiated_also_with_mixed_ranks(x64):
+    """The derivative of the step's size in a factor agrees with differences."""
+    params, grads = {}, {}
+    for name, shape in {"x": (12, 9, 4), "y": (10, 8, 2)}.items():
+        factors, gradients = problem(14, *shape)
+        params[name] = tree_of(*factors, jnp.float64)
+        grads[name] = tree_of(*gradients, jnp.float64)
+
+    def size(shift):
+        moved = {
+            **params,
+            "x": {**params["x"], "lora_a": params["x"]["lora_a"] + shift},
+        }
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(update(moved, grads)))
+
+    slope = jax.grad(size)(0.0)
+
+    expected = (size(1e-5) - size(-1e-5)) / 2e-5
+    np.testing.assert_allclose(slope, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("damping", DAMPINGS)
 @pytest.mark.parametrize("sizes", EXTREMES, ids=str)
 def test_extreme_scales_stay_finite(sizes, damping):

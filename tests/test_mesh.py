@@ -16,6 +16,16 @@ LAYOUTS = {
         "layers": {"lora_a": P(None, "x", None), "lora_b": P(None, None, "y")},
         "heads": {"lora_a": P("y", "x", None), "lora_b": P(None, "x")},
     },
+    "layers": {
+        "lora_a": P(), "lora_b": P(None, "y"),
+        "layers": {"lora_a": P("y"), "lora_b": P("y", None, "x")},
+        "heads": {"lora_a": P("y"), "lora_b": P()},
+    },
+    "rank": {
+        "lora_a": P(None, "y"), "lora_b": P("y"),
+        "layers": {"lora_a": P(None, None, "y"), "lora_b": P(None, "y")},
+        "heads": {"lora_a": P(), "lora_b": P()},
+    },
     "replicated": {
         "lora_a": P(), "lora_b": P(),
         "layers": {"lora_a": P(), "lora_b": P()},

@@ -243,6 +243,31 @@ def test_boxes_around_leaves_do_not_change_the_pairs():
     assert find_pairs(boxed) == find_pairs(tree)
 
 
+def test_two_adapters_of_peft_in_one_module_are_two_pairs():
+    sides = {"lora_A": (4, 64), "lora_B": (32, 4)}
+    tree = {
+        "q": {
+            side: {name: {"weight": ones(*shape)} for name in ("default", "task")}
+            for side, shape in sides.items()
+        }
+    }
+    paths = [pair[:2] for pair in find_pairs(tree)]
+    assert paths == [
+        (f"q/lora_A/{name}/weight", f"q/lora_B/{name}/weight")
+        for name in ("default", "task")
+    ]
+
+
+def test_tuple_keys_of_a_flattened_tree_are_paths():
+    tree = {("q", "lora_a"): ones(64, 4), ("q", "lora_b"): ones(4, 8)}
+    assert find_pairs(tree)[0][:2] == ("q/lora_a", "q/lora_b")
+
+
+def test_table_names_what_looks_like_lora_but_is_in_no_pair():
+    tree = {**pair_tree((64, 4), (4, 8)), "k": {"loraA": ones(64, 4)}}
+    assert describe_pairs(tree).splitlines()[-1] == "not in a pair: k/loraA"
+
+
 def test_empty_trees_and_trees_of_placeholders_have_no_pairs():
     for tree in ({}, [], None, {"m": optax.MaskedNode()}):
         assert find_pairs(tree) == ()
@@ -329,6 +354,31 @@ ERRORS = {
         {"pairs": LoRAPair("m/lora_a", "m/lora_b")},
         r"`pairs` contains 'm/lora_a'\. It is a list of `LoRAPair`s or of tuples",
     ),
+    "bare tuple": (
+        GOOD,
+        {"pairs": ("m/lora_a", "m/lora_b")},
+        r"`pairs` contains 'm/lora_a'\.",
+    ),
+    "path that is no string": (
+        GOOD,
+        {"pairs": [(0, 1)]},
+        r"`pairs` contains \(0, 1\); both paths have to be strings",
+    ),
+    "axes that are no integers": (
+        GOOD,
+        {"pairs": [("m/lora_a", "m/lora_b", 2.0, 1)]},
+        r"\(2.0,\) is no axis and no tuple of axes",
+    ),
+    "batch axes without rank axes": (
+        pair_tree((3, 16, 4), (3, 4, 12)),
+        {"pairs": [LoRAPair("m/lora_a", "m/lora_b", None, None, (0,), (0,))]},
+        r"go together, and with batch axes both are needed",
+    ),
+    "wrong rank": (
+        GOOD,
+        {"pairs": [LoRAPair("m/lora_a", "m/lora_b", 1, 0, rank=9)]},
+        r"`m/lora_a` has rank 4 on axis 1, not the given `rank=9`",
+    ),
     "half of the axes": (
         GOOD,
         {"pairs": [LoRAPair("m/lora_a", "m/lora_b", a_rank_axis=1)]},
@@ -371,6 +421,14 @@ ERRORS = {
         {"scale": {"q_proj": 2.0}},
         r"No pattern of `scale=\{'q_proj': 2.0\}` occurs in `m/lora_a` or `m/lora_b`",
     ),
+    "bad pattern": (GOOD, {"scale": {"(": 2.0}}, r"'\(' of `scale=` is no regular exp"),
+    "tiny scale": (
+        GOOD,
+        {"scale": 1e-40},
+        r"The scale of `m/lora_a` is 1e-40\..*float32",
+    ),
+    "scale array": (GOOD, {"scale": jnp.array(jnp.nan)}, r"of `m/lora_a` is nan"),
+    "huge alpha": (GOOD, {"alpha": 10**400}, r"The alpha of `m/lora_a` is 1000"),
     "scale zero": (GOOD, {"scale": 0.0}, r"The scale of `m/lora_a` is 0.0"),
     "alpha infinite": (GOOD, {"alpha": np.inf}, r"The alpha of `m/lora_a` is inf"),
 }
@@ -395,12 +453,33 @@ def test_scale_that_is_no_number_is_a_type_error(scale):
         ({"gauge": "kronecker"}, r"`gauge='kronecker'` has to be one of .*'sylvester'"),
         ({"damping": -1.0}, r"`damping=-1.0` has to be a finite number of at least 0"),
         ({"damping": np.nan}, r"`damping=nan` has to be a finite number"),
+        ({"damping": jnp.array(-1.0)}, r"`damping=Array\(-1., .*` has to be a finite"),
+        ({"damping": None}, r"`damping=None` has to be a finite number"),
+        ({"damping": np.array([0.1, 0.2])}, r"has to be a finite number"),
         ({"on_no_pairs": "warn"}, r"`on_no_pairs='warn'` has to be one of"),
     ],
 )
 def test_bad_options_fail_where_they_are_written(options, message):
     with pytest.raises(ValueError, match=message):
         lorapro(**options)
+
+
+def test_stack_axis_has_to_be_static_under_inject_hyperparams():
+    params = {"m": {"lora_a": jnp.ones((6, 64, 8)), "lora_b": jnp.ones((6, 8, 32))}}
+    make = optax.inject_hyperparams(lorapro)
+    with pytest.raises(TypeError, match=r"static_args=\('stack_axis',\)"):
+        make(stack_axis=0).init(params)
+    make = optax.inject_hyperparams(lorapro, static_args=("stack_axis", "scale"))
+    tx = make(lambda pair: 8.0 / pair.rank, stack_axis=np.int64(0))
+    tx.update(params, tx.init(params), params)
+
+
+def test_inject_hyperparams_does_not_hide_bad_options():
+    params = {"m": {"lora_a": jnp.ones((64, 8)), "lora_b": jnp.ones((8, 32))}}
+    make = optax.inject_hyperparams(lorapro)
+    for options in ({"damping": -1.0}, {"scale": 0.0}, {"scale": 2.0, "alpha": 4.0}):
+        with pytest.raises(ValueError, match=r"damping|scale"):
+            make(**options).init(params)
 
 
 def test_tree_without_pairs_is_an_error_that_lists_leaves_unless_ignored():
