@@ -146,7 +146,7 @@ def save_picture(results, path):
     right.set(xlabel="step", ylabel="‖E - G‖ / ‖G‖")
     right.set_title("distance of the equivalent gradient to the full one", size=10)
     left.legend()
-    right.legend(ncols=2, fontsize=8)
+    right.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -189,7 +189,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="fewer steps, one seed")
     parser.add_argument("--output", type=Path, default=Path("out/quickstart"))
     args = parser.parse_args()
-    steps, seeds, rates = (75, 1, slice(1, 3)) if args.quick else (500, 3, slice(None))
+    steps, seeds, rates = (50, 1, slice(1, 3)) if args.quick else (500, 3, slice(None))
     methods = [method._replace(rates=method.rates[rates]) for method in METHODS]
     args.output.mkdir(parents=True, exist_ok=True)
     console = Console(width=100)
