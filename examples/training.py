@@ -6,6 +6,7 @@ same seed, whatever the method.
 
 import time
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from examples.vit_digits import Data, ViT, loss_and_accuracy
+from examples.vit_digits import Data, Split, ViT, loss_and_accuracy
 from lorapro_jax import equivalent_gradient, find_pairs, lorapro
 
 BATCH, RANK, CHUNK = 64, 4, 25
@@ -163,6 +164,25 @@ def train(
     return Trained(runs, jnp.concatenate(losses, -1), watched, seconds / rates.size)
 
 
+def pretrain(
+    data: Split,
+    steps: int,
+    progress: Callable[[list[int]], Iterable[int]] = lambda chunks: chunks,
+) -> tuple[nnx.State, float]:
+    """Weights that know the upright digits, and their test accuracy."""
+    method = Method("pretraining", optax.adamw, (3e-3,), nnx.Param)
+    base, seed = nnx.state(new_model(method)), jnp.zeros(1, int)
+    runs = train(method, base, data.train, seed, steps, progress=progress).runs
+    _, accuracy = evaluate(method, runs, data.test)
+    return jax.tree.map(lambda x: x[0, 0], runs.trainable), float(accuracy[0, 0])
+
+
+def machine() -> dict[str, Any]:
+    """Where figures come from."""
+    versions = {name: version(name) for name in ("jax", "flax", "optax", "lorapro_jax")}
+    return {"device": jax.devices()[0].device_kind, "versions": versions}
+
+
 def evaluate(method: Method, runs: Run, data: Data) -> tuple[jax.Array, jax.Array]:
     """Loss and accuracy of runs with leading axes `(R, S)`."""
     graph = nnx.graphdef(new_model(method))
@@ -203,6 +223,7 @@ def distance_to_full_gradient(
                 yield jnp.array([jnp.vdot(e, e), jnp.vdot(e, g), jnp.vdot(g, g)])
 
         ee, eg, gg = sum(products(adjust(grads, run.trainable)))
+        # XLA merges the eigendecompositions of the two adjustments: same Gram matrices.
         exact, _ = lorapro(damping=0.0).update(grads, None, run.trainable)
         limit, *_ = sum(products(exact))  # a projection of G: ⟨E, G⟩ = ⟨E, E⟩
         squares = ee - 2 * eg + gg, gg - eg**2 / ee, gg - limit

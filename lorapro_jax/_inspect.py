@@ -81,7 +81,7 @@ def _axes(
         raise ValueError("Complex factors are not supported; pass real arrays.")
     try:
         if pair is None:
-            return infer_axes(a.shape, b.shape, ("jax", "torch"), (), any_rank=False)
+            return infer_axes(a.shape, b.shape, ("jax", "torch"), ())
         return check_axes(a.shape, b.shape, pair[2:6])
     except LayoutError as error:
         raise ValueError(

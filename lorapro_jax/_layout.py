@@ -9,7 +9,7 @@ feature axis: heads, kernel windows.
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -89,13 +89,12 @@ def infer_axes(
     b: Shape,
     layouts: Sequence[Layout],
     stack_axis: int | Sequence[int] | None = None,
-    *,
-    any_rank: bool = False,
 ) -> Axes:
     """Reads the axes off the shapes of A and B.
 
     Two factors of three axes or more count as stacked where that is possible:
-    no known LoRA layer has two such factors unstacked with a common axis.
+    no known LoRA layer has two such factors unstacked with a common axis. A rank
+    above the smaller feature size is accepted only where nothing else fits.
 
     Args:
       a: Shape of A.
@@ -103,7 +102,6 @@ def infer_axes(
       layouts: The layouts to consider.
       stack_axis: The stacked axis or axes, where shapes cannot settle it; `()`
         for none. Factors of two axes are never stacked.
-      any_rank: Also accept a rank above the smaller feature size.
 
     Raises:
       LayoutError: No reading, or more than one.
@@ -115,7 +113,7 @@ def infer_axes(
     readings = [axes for layout in layouts for axes in _readings(a, b, layout)]
     if not readings:
         raise LayoutError(
-            "they share no rank axis (the last of A and the first of B behind stacked "
+            "they share no rank (the last axis of A and the first of B behind stacked "
             "axes; in PyTorch's layout the first of A and the second of B)"
         )
     if stack_axis is not None and min(len(a), len(b)) > 2:
@@ -125,12 +123,10 @@ def infer_axes(
     if not readings:
         raise LayoutError(f"`stack_axis={stack_axis!r}` does not fit them")
 
-    found = [axes for axes in readings if any_rank or _rank_is_low(a, b, axes)]
-    if not found:
-        rank = a[readings[0].a_rank]
-        raise LayoutError(
-            f"their rank would be {rank}, more than the features on one side"
-        )
+    found = [axes for axes in readings if _rank_is_low(a, b, axes)]
+    if not found:  # more rank than features: rare, but possible on a small head
+        others = [x for layout in get_args(Layout) for x in _readings(a, b, layout)]
+        found = readings + [axes for axes in others if _rank_is_low(a, b, axes)]
     if len(found) > 1:
         options = " or ".join(_describe(a, axes) for axes in found)
         raise LayoutError(f"they can be read as {options}")

@@ -15,7 +15,8 @@ from ._leaves import Leaf, check_factor, index_leaves, masked_paths
 from ._paths import FactorName, Layout, normalize_path, parse_factor_name
 from ._scale import ScaleSpec, check_scale_options, resolve_scale
 
-PairsSpec: TypeAlias = Iterable[LoRAPair] | Callable[[Any], Iterable[LoRAPair]]
+PairPaths: TypeAlias = LoRAPair | tuple[str, str]
+PairsSpec: TypeAlias = Iterable[PairPaths] | Callable[[Any], Iterable[PairPaths]]
 """Explicit pairs, or a function from the tree to them."""
 
 
@@ -129,7 +130,7 @@ def _read_explicit(
             owners[path] = pair.a
         name = parse_factor_name(pair.a)
         layouts = name.layouts if name else ("jax", "torch")
-        pairs.append(_read_pair(pair, leaves, layouts, stack_axis, any_rank=True))
+        pairs.append(_read_pair(pair, leaves, layouts, stack_axis))
     return pairs
 
 
@@ -138,8 +139,6 @@ def _read_pair(
     leaves: Mapping[str, Leaf],
     layouts: Sequence[Layout],
     stack_axis: int | Sequence[int] | None,
-    *,
-    any_rank: bool = False,
 ) -> LoRAPair:
     """Checks both leaves and fills in the axes and the rank."""
     for path in (pair.a, pair.b):
@@ -147,7 +146,7 @@ def _read_pair(
     a, b = leaves[pair.a].shape, leaves[pair.b].shape
     try:
         if pair[2:6] == LoRAPair("", "")[2:6]:
-            axes = infer_axes(a, b, layouts, stack_axis, any_rank=any_rank)
+            axes = infer_axes(a, b, layouts, stack_axis)
         else:
             axes = check_axes(a, b, pair[2:6])
     except LayoutError as error:
@@ -203,7 +202,8 @@ def _unknown_path_message(tree: Any, leaves: Mapping[str, Leaf], path: str) -> s
 def _no_pair_message(pair: LoRAPair, a: Shape, b: Shape, reason: LayoutError) -> str:
     return (
         f"`{pair.a}` {a} and `{pair.b}` {b} cannot be read as one LoRA pair: {reason}. "
-        "Say which axis is stacked with `stack_axis=`, or give all axes with "
-        f"`pairs=[LoRAPair({pair.a!r}, {pair.b!r}, a_rank_axis=..., b_rank_axis=..., "
-        "a_batch_axes=..., b_batch_axes=...)]`."
+        "If they do belong to one layer, say which axis is stacked (three axes or "
+        "more) with `stack_axis=`, or list all pairs of the tree, this one with its "
+        f"axes: `pairs=[LoRAPair({pair.a!r}, {pair.b!r}, a_rank_axis=..., "
+        "b_rank_axis=..., a_batch_axes=..., b_batch_axes=...), ...]`."
     )

@@ -36,10 +36,17 @@ def lorapro(
     """Replaces LoRA's gradients by those closest to the full gradient.
 
     LoRA trains W = W0 + s B A. Of all steps (a, b) on (A, B) this takes the one
-    whose effect on W, `s (B a + b A)`, is closest to the gradient G of W, which is
-    never formed. Everything else in the tree passes through unchanged, so no mask
-    is needed. It is stateless; put it first in a chain, before momentum, Adam or
-    per-leaf clipping (clipping by the global norm may stand before it).
+    whose effect on W, `s (B a + b A)`, is closest to the gradient G of W, damped so
+    that a tiny B cannot make it huge. G is never formed. Everything else in the tree
+    passes through unchanged, so no mask is needed, and there is no state.
+
+    Put it first in a chain, before momentum, Adam or per-leaf clipping: the two
+    gradients of a pair have to come from one G, which is not checked (clipping by the
+    global norm may stand before it). Sweep the learning rate anew; before AdamW the
+    best one is about 3 times that of plain LoRA.
+
+    On CPU keep to one `lorapro()` in a program: two batched eigendecompositions at
+    the same time can hang XLA's thread pool on machines with few cores.
 
     Args:
       scale: The s of the forward pass: a number, `{regex: number}` searched in the
@@ -53,14 +60,16 @@ def lorapro(
         LoRA's own gradients (the paper's choice); `"symmetric"`, the correction
         divided equally between A and B; `"zero"`, all of it on B.
       damping: Levenberg-Marquardt damping in units of `(tr BᵀB + tr AAᵀ) / r`, at
-        least 0. 0 is the paper exactly; large values approach LoRA's gradients
-        times a constant. The default is the best or within noise of it, both before
-        AdamW and before SGD with momentum, in `benchmarks/damping.py` (three seeds,
-        learning rates swept); there 0 and 1e-4 are clearly worse, because a tiny B
-        makes the undamped step of A huge. In float32, values between 0 and about
-        1e-5 are below the rounding of ill-conditioned factors.
+        least 0. 0 is the paper exactly; large values approach LoRA's gradients,
+        each pair's times a number of its own. The default is the best of 0 to 10, or
+        within noise of it, before AdamW and before SGD with momentum in
+        `benchmarks/damping.py` (three seeds, learning rates swept); there 0 and 1e-4
+        are clearly worse, because a tiny B makes the undamped step of A huge. In
+        float32, values between 0 and about 1e-5 are below the rounding of
+        ill-conditioned factors.
       pairs: Explicit pairs instead of those found by name: `LoRAPair`s or plain
-        `(path of A, path of B)` tuples, or a function from the tree to them.
+        `(path of A, path of B)` tuples, or a function from the tree to them. What
+        is not among them passes through, whatever its name.
       stack_axis: The axis (or axes) along which layers are stacked in factors of
         three axes or more, where their shapes cannot settle it; `()` for none.
         Under `optax.inject_hyperparams`, name in `static_args` what is no number:

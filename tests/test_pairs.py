@@ -121,6 +121,8 @@ def test_axes_follow_from_shapes_at_the_sizes_of_a_7b_model(a, b, axes, rank):
         ((6, 8, 64), (6, 48, 8), ("torch",), Axes(1, 2, (0,), (0,))),
         ((8, 64), (64, 8), ("jax", "torch"), Axes(0, 1)),
         ((64, 8), (8, 64), ("jax", "torch"), Axes(1, 0)),
+        ((64, 8), (8, 2), ("jax",), Axes(1, 0)),  # r = 8 on a head of 2 classes
+        ((8, 64), (2, 8), ("torch",), Axes(0, 1)),
     ],
 )
 def test_pytorch_layout_is_read_by_name_or_by_low_rank(a, b, layouts, axes):
@@ -302,10 +304,10 @@ ERRORS = {
         {},
         r"`m/lora_a` \(64, 4\) and `m/lora_b` \(5, 8\) cannot .*they share no rank",
     ),
-    "rank above the layer": (
-        pair_tree((64, 9), (9, 8)),
+    "square layer in PyTorch's layout under JAX's names": (
+        pair_tree((8, 64), (64, 8)),
         {},
-        r"their rank would be 9, more than the features on one side.*LoRAPair\(",
+        r"they can be read as rank 64 on axes 1 and 0, unstacked or rank 8 on axes 0",
     ),
     "one axis": (
         pair_tree((64,), (4, 8)),
