@@ -2,8 +2,7 @@
 
     python -m benchmarks.damping            # 20 minutes on two cores
     python -m benchmarks.damping --quick    # 2 minutes, for a smoke test
-    python -m benchmarks.damping --optimizers SGD --dampings 0.1 --seeds 10 \\
-        --output benchmarks/results/damping-sgd.json    # 8 minutes
+    python -m benchmarks.damping --optimizers SGD --dampings 0.1 --seeds 10 --output F
 
 For each optimizer behind `lorapro()` (AdamW, and SGD with momentum 0.9) and each
 damping: the validation loss and accuracy at the best learning rate of a grid, and at
