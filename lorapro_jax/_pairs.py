@@ -105,20 +105,7 @@ def _read_explicit(
     if isinstance(given_pairs, LoRAPair | str) or not np.iterable(given_pairs):
         given_pairs = [given_pairs]
     for given in given_pairs:
-        if not isinstance(given, tuple | list) or not 2 <= len(given) <= len(
-            LoRAPair._fields
-        ):
-            raise ValueError(
-                f"`pairs` contains {given!r}. It is a list of `LoRAPair`s or of tuples "
-                "`(path of A, path of B)`, also when there is only one."
-            )
-        pair = LoRAPair(*given)
-        if not (isinstance(pair.a, str) and isinstance(pair.b, str)):
-            raise ValueError(
-                f"`pairs` contains {given!r}; both paths have to be strings, such as "
-                "'4' for the fifth leaf of a list."
-            )
-        pair = pair._replace(a=normalize_path(pair.a), b=normalize_path(pair.b))
+        pair = _as_pair(given)
         for path in (pair.a, pair.b):
             if path not in leaves:
                 raise ValueError(_unknown_path_message(tree, leaves, path))
@@ -132,6 +119,23 @@ def _read_explicit(
         layouts = name.layouts if name else ("jax", "torch")
         pairs.append(_read_pair(pair, leaves, layouts, stack_axis))
     return pairs
+
+
+def _as_pair(given: Any) -> LoRAPair:
+    """One entry of `pairs=`, with normalised paths."""
+    lengths = range(2, len(LoRAPair._fields) + 1)
+    if not isinstance(given, tuple | list) or len(given) not in lengths:
+        raise ValueError(
+            f"`pairs` contains {given!r}. It is a list of `LoRAPair`s or of tuples "
+            "`(path of A, path of B)`, also when there is only one."
+        )
+    pair = LoRAPair(*given)
+    if not (isinstance(pair.a, str) and isinstance(pair.b, str)):
+        raise ValueError(
+            f"`pairs` contains {given!r}; both paths have to be strings, such as '4' "
+            "for the fifth leaf of a list."
+        )
+    return pair._replace(a=normalize_path(pair.a), b=normalize_path(pair.b))
 
 
 def _read_pair(
