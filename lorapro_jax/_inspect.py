@@ -8,7 +8,6 @@ from ._adjust import equivalent
 from ._factors import PairArrays, in_compute_dtype
 from ._layout import (
     Axes,
-    FactorAxes,
     LayoutError,
     LoRAPair,
     check_axes,
@@ -59,8 +58,7 @@ def equivalent_gradient(
     """
     a, b, da, db = (jnp.asarray(x) for x in (a, b, da, db))
     axes = _axes(a, b, da, db, pair)
-    at_a = FactorAxes(axes.a_rank, axes.a_batch)
-    at_b = FactorAxes(axes.b_rank, axes.b_batch)
+    at_a, at_b = axes.split()
     arrays = in_compute_dtype(PairArrays(a, b, da, db, scale, at_a, at_b))
     out_by_in = equivalent(arrays, arrays.grad_a, arrays.grad_b)
     if axes.a_rank < axes.b_rank:  # PyTorch's layout: the weight is (out, in)

@@ -48,6 +48,22 @@ class LoRAPair(NamedTuple):
     rank: int | None = None
 
 
+class FactorAxes(NamedTuple):
+    """The axes of one factor; all others are feature axes.
+
+    Attributes:
+      rank: The axis of size r.
+      batch: The stacked axes, ascending.
+    """
+
+    rank: int
+    batch: tuple[int, ...] = ()
+
+    def features(self, ndim: int) -> tuple[int, ...]:
+        """The feature axes of a factor with `ndim` axes."""
+        return tuple(x for x in range(ndim) if x != self.rank and x not in self.batch)
+
+
 class Axes(NamedTuple):
     """The rank and batch axes of both factors, non-negative.
 
@@ -63,21 +79,11 @@ class Axes(NamedTuple):
     a_batch: Shape = ()
     b_batch: Shape = ()
 
-
-class FactorAxes(NamedTuple):
-    """The axes of one factor; all others are feature axes.
-
-    Attributes:
-      rank: The axis of size r.
-      batch: The stacked axes, ascending.
-    """
-
-    rank: int
-    batch: tuple[int, ...] = ()
-
-    def features(self, ndim: int) -> tuple[int, ...]:
-        """The feature axes of a factor with `ndim` axes."""
-        return tuple(x for x in range(ndim) if x != self.rank and x not in self.batch)
+    def split(self) -> tuple[FactorAxes, FactorAxes]:
+        """Those of A and those of B."""
+        return FactorAxes(self.a_rank, self.a_batch), FactorAxes(
+            self.b_rank, self.b_batch
+        )
 
 
 class LayoutError(ValueError):
@@ -171,19 +177,7 @@ def as_axes(axes: Any) -> Shape:
 
 def factor_axes(pair: LoRAPair) -> tuple[FactorAxes, FactorAxes]:
     """The axes of A and of B, from a pair of `find_pairs`."""
-    return (
-        FactorAxes(cast(int, pair.a_rank_axis), pair.a_batch_axes),
-        FactorAxes(cast(int, pair.b_rank_axis), pair.b_batch_axes),
-    )
-
-
-def feature_size(shape: Shape, rank_axis: int, batch_axes: Shape) -> int:
-    """The number of features of a factor: its size without rank and batch."""
-    return math.prod(
-        size
-        for axis, size in enumerate(shape)
-        if axis != rank_axis and axis not in batch_axes
-    )
+    return Axes(*cast(Any, pair[2:6])).split()
 
 
 def _readings(a: Shape, b: Shape, layout: Layout) -> Iterator[Axes]:
@@ -209,10 +203,11 @@ def _with_stack(readings: list[Axes], wanted: int | Sequence[int]) -> list[Axes]
 
 
 def _rank_is_low(a: Shape, b: Shape, axes: Axes) -> bool:
-    return a[axes.a_rank] <= min(
-        feature_size(a, axes.a_rank, axes.a_batch),
-        feature_size(b, axes.b_rank, axes.b_batch),
+    sizes = (
+        math.prod(shape[axis] for axis in factor.features(len(shape)))
+        for shape, factor in zip((a, b), axes.split(), strict=True)
     )
+    return a[axes.a_rank] <= min(sizes)
 
 
 def _without(stack: Shape, shape: Shape) -> list[int]:

@@ -102,9 +102,7 @@ def _read_explicit(
     pairs: list[LoRAPair] = []
     owners: dict[str, str] = {}
     given_pairs: Any = spec(tree) if callable(spec) else spec
-    if isinstance(given_pairs, LoRAPair | str) or not np.iterable(given_pairs):
-        given_pairs = [given_pairs]
-    for given in given_pairs:
+    for given in given_pairs if np.iterable(given_pairs) else [given_pairs]:
         pair = _as_pair(given)
         for path in (pair.a, pair.b):
             if path not in leaves:

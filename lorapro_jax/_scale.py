@@ -106,7 +106,5 @@ def is_real_scalar(number: Any) -> bool:
     kinds = Real | np.ndarray | jax.Array
     if isinstance(number, jax.core.Tracer | bool) or not isinstance(number, kinds):
         return False
-    array = np.asarray(number)
-    return (
-        array.ndim == 0 and array.dtype.kind in "iufVO"
-    )  # V is bfloat16, O a long int
+    array = np.asarray(number)  # bfloat16 is of kind V, a long int of kind O
+    return array.ndim == 0 and array.dtype.kind in "iufVO"
