@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from examples.training import Method, evaluate, machine, pretrain, train
+from benchmarks.measure import machine
+from examples.training import Method, evaluate, pretrain, train
 from examples.vit_digits import load_tasks
 from lorapro_jax import lorapro
 
@@ -114,7 +115,7 @@ def main():
         "steps": steps,
         "seeds": seeds,
         "seconds": round(time.time() - begun),
-        **machine(),
+        "machine": machine(),
         "rows": rows,
     }
     if args.output or not args.quick:

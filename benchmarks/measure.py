@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-PACKAGES = ("jax", "jaxlib", "optax", "lorapro_jax")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "lorapro_jax")
 
 
 @dataclasses.dataclass

@@ -6,7 +6,6 @@ same seed, whatever the method.
 
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -175,12 +174,6 @@ def pretrain(
     runs = train(method, base, data.train, seed, steps, progress=progress).runs
     _, accuracy = evaluate(method, runs, data.test)
     return jax.tree.map(lambda x: x[0, 0], runs.trainable), float(accuracy[0, 0])
-
-
-def machine() -> dict[str, Any]:
-    """Where figures come from."""
-    versions = {name: version(name) for name in ("jax", "flax", "optax", "lorapro_jax")}
-    return {"device": jax.devices()[0].device_kind, "versions": versions}
 
 
 def evaluate(method: Method, runs: Run, data: Data) -> tuple[jax.Array, jax.Array]:
