@@ -1,29 +1,21 @@
-r"""LoRA-Pro's gradients, as functions of arrays.
+"""LoRA-Pro's gradients, as functions of arrays.
 
 Notation of the paper: W = W0 + s B A with B: m×r and A: r×n. LoRA's gradients are
 g_A = s Bᵀ G and g_B = s G Aᵀ for the full gradient G, which is never formed. A
 step (a, b) on (A, B) moves W by the *equivalent gradient* J(a, b) = s (B a + b A).
-
-The gradients whose equivalent gradient is closest to G, with Levenberg-Marquardt
-damping e ≥ 0, are (JᵀJ + s²e I)⁻¹ Jᵀ G. They are diagonal in the eigenbases of
-the two Gram matrices, BᵀB = U diag(λ) Uᵀ and AAᵀ = V diag(μ) Vᵀ:
-
-    K = Uᵀ (g_A Aᵀ) V        d_ij = λ_i + μ_j + e
-    a = (1/s²) { U diag(1/(λ+e)) Uᵀ g_A  −  U [K_ij / ((λ_i+e) d_ij)] Vᵀ A }
-    b = (1/s²) { g_B V diag(1/(μ+e)) Vᵀ  −  B U [K_ij / ((μ_j+e) d_ij)] Vᵀ }
-
-At e = 0, where 1/0 counts as 0, this is Theorem 2.1 of the paper with the X of
-Theorem 2.3 (Wang et al., arXiv 2407.18242), and its first-step rule where B = 0.
+The gradients whose equivalent gradient is closest to G come from four r×r matrices a
+pair (`_coefficients`), and from products of those with the factors.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ._coefficients import Coefficients, Gauge, coefficients
 from ._factors import (
     PairArrays,
     apply,
@@ -36,25 +28,23 @@ from ._linalg import (
     Eigh,
     eigh_psd,
     power_of_two,
-    reciprocal,
-    rounding_level,
     split_batches,
     stack_square,
 )
 
-Gauge: TypeAlias = Literal["sylvester", "symmetric", "zero"]
 
+class Spectra(NamedTuple):
+    """The Gram matrices of N pairs in their eigenbases, as one stack.
 
-class Coefficients(NamedTuple):
-    """Four r×r matrices that turn factors and gradients into adjusted gradients.
-
-    `a = grad_a g_A - factor_a A` and `b = g_B grad_bᵀ - B factor_bᵀ`.
+    Attributes:
+      units: `(N,)`, the power of two that a pair's factors were multiplied with.
+      b: Of BᵀB, `(N, R)` and `(N, R, R)`.
+      a: Of AAᵀ, likewise.
     """
 
-    grad_a: jax.Array
-    factor_a: jax.Array
-    grad_b: jax.Array
-    factor_b: jax.Array
+    units: jax.Array
+    b: Eigh
+    a: Eigh
 
 
 def adjust(
@@ -75,28 +65,46 @@ def adjust(
       arrays is, else in float32.
     """
     pairs = [in_compute_dtype(pair) for pair in pairs]
-    batches = [pair.batch for pair in pairs]
-    counts = [int(np.prod(batch)) for batch in batches]
-    ranks = np.repeat([pair.rank for pair in pairs], counts)
-    # In units of its larger factor no Gram matrix over- or underflows; in powers of
-    # two that costs no accuracy. A gradient's own unit is s times the factors'.
-    units = 1 / power_of_two(_stack([largest_entry(pair) for pair in pairs]))
-    scales = [jnp.full(pair.batch, pair.scale) for pair in pairs]
-    weights = units / _stack(scales)
+    return solve(decompose(pairs), pairs, damping=damping, gauge=gauge)
 
-    grams_a, grams_b, crosses = [], [], []
-    for pair, unit in zip(pairs, split_batches(units, batches), strict=True):
+
+def decompose(pairs: Sequence[PairArrays]) -> Spectra:
+    """The eigendecompositions that serve every gradient at the same factors."""
+    # In units of its larger factor no Gram matrix over- or underflows; in powers of
+    # two that costs no accuracy.
+    units = 1 / power_of_two(_stack([largest_entry(pair) for pair in pairs]))
+    per_pair = split_batches(units, [pair.batch for pair in pairs])
+    grams_a, grams_b = [], []
+    for pair, unit in zip(pairs, per_pair, strict=True):
         a, b = times(unit, pair.a, pair.a_axes), times(unit, pair.b, pair.b_axes)
         grams_a.append(contract(a, a, pair.a_axes))
         grams_b.append(contract(b, b, pair.b_axes))
-        crosses.append(contract(pair.grad_a, a, pair.a_axes))
-
-    # From here to the end all pairs are one stack of small matrices.
-    values, vectors = eigh_psd(stack_square(grams_b + grams_a), np.tile(ranks, 2))
+    sizes = np.tile(_ranks(pairs), 2)
+    values, vectors = eigh_psd(stack_square(grams_b + grams_a), sizes)
     (lam, mu), (u, v) = jnp.split(values, 2), jnp.split(vectors, 2)
+    return Spectra(units, Eigh(lam, u), Eigh(mu, v))
+
+
+def solve(
+    spectra: Spectra,
+    pairs: Sequence[PairArrays],
+    *,
+    damping: ArrayLike,
+    gauge: Gauge,
+) -> list[tuple[jax.Array, jax.Array]]:
+    """As `adjust`, with the `decompose` of pairs that have the same factors."""
+    batches = [pair.batch for pair in pairs]
+    units = spectra.units
+    # A gradient's own unit is s times the factors'.
+    weights = units / _stack([jnp.full(pair.batch, pair.scale) for pair in pairs])
+    crosses = [
+        contract(pair.grad_a, times(unit, pair.a, pair.a_axes), pair.a_axes)
+        for pair, unit in zip(pairs, split_batches(units, batches), strict=True)
+    ]
+    # From here to the end all pairs are one stack of small matrices.
     cross = weights[:, None, None] * stack_square(crosses)
     on_grad_a, on_a, on_grad_b, on_b = coefficients(
-        Eigh(lam, u), Eigh(mu, v), cross, ranks, damping, gauge
+        spectra.b, spectra.a, cross, _ranks(pairs), damping, gauge
     )
     # Half of the scale before the skinny product, half behind: weight² may overflow.
     matrices = Coefficients(
@@ -112,71 +120,6 @@ def adjust(
             pairs, per_pair, split_batches(weights, batches), strict=True
         )
     ]
-
-
-def coefficients(
-    eig_b: Eigh,
-    eig_a: Eigh,
-    cross: jax.Array,
-    ranks: np.ndarray,
-    damping: ArrayLike,
-    gauge: Gauge,
-) -> Coefficients:
-    """The matrices of the adjustment at s = 1, for a stack of pairs.
-
-    The two bracketed matrices of the formula are one correction, divided between
-    the factors. Only their sum reaches the equivalent gradient, so it is the same
-    in every gauge, damped or not:
-
-    * `"sylvester"`: as in the formula, closest to LoRA's own gradients (Theorem
-      2.3) and, undamped, the minimum-norm solution J⁺G;
-    * `"symmetric"`: half of the sum each;
-    * `"zero"`: all of it on B, the paper's X = 0.
-
-    Args:
-      eig_b: Of BᵀB: `(N, R)` and `(N, R, R)`.
-      eig_a: Of AAᵀ, likewise.
-      cross: g_A Aᵀ, `(N, R, R)`, zero-padded.
-      ranks: `(N,)`, static.
-      damping: e in units of (tr BᵀB + tr AAᵀ) / r.
-      gauge: One of the above.
-
-    Returns:
-      Four stacks `(N, R, R)`; the top left r×r corner of each matrix counts.
-    """
-    (lam, u), (mu, v) = eig_b, eig_a
-    dtype = cross.dtype
-    mean = (lam.sum(-1) + mu.sum(-1)) / jnp.asarray(ranks, dtype)
-    e = (jnp.asarray(damping, dtype) * mean)[:, None]
-
-    inverse_b = _damped_inverse(lam, e, ranks)
-    inverse_a = _damped_inverse(mu, e, ranks)
-    k = _matmul(_matmul(u.mT, cross), v)
-    # A direction that a factor lacks has no cross term, only rounding noise.
-    k = jnp.where((inverse_b[:, :, None] == 0) | (inverse_a[:, None, :] == 0), 0, k)
-    shared = k * reciprocal(lam[:, :, None] + mu[:, None, :] + e[:, :, None])
-    on_a, on_b = shared * inverse_b[:, :, None], shared * inverse_a[:, None, :]
-    if gauge == "symmetric":
-        on_a = on_b = (on_a + on_b) / 2
-    elif gauge == "zero":
-        on_a, on_b = jnp.zeros_like(on_a), on_a + on_b
-
-    return Coefficients(
-        grad_a=_matmul(u * inverse_b[:, None, :], u.mT),
-        factor_a=_matmul(_matmul(u, on_a), v.mT),
-        grad_b=_matmul(v * inverse_a[:, None, :], v.mT),
-        factor_b=_matmul(_matmul(v, on_b.mT), u.mT),
-    )
-
-
-def _damped_inverse(values: jax.Array, e: jax.Array, ranks: np.ndarray) -> jax.Array:
-    """1/(λ+e), and 0 for a lost direction that e is too small to bring back.
-
-    There e is itself below the rounding noise of the Gram matrix and of what the
-    result is multiplied with, and 1/e would amplify that noise.
-    """
-    lost = (values == 0) & (e < rounding_level(values, ranks))
-    return jnp.where(lost, 0, reciprocal(values + e))
 
 
 def equivalent(pair: PairArrays, step_a: jax.Array, step_b: jax.Array) -> jax.Array:
@@ -203,11 +146,13 @@ def _apply(
     return times(weight, a, pair.a_axes), times(weight, b, pair.b_axes)
 
 
+def _ranks(pairs: Sequence[PairArrays]) -> np.ndarray:
+    """The rank of each matrix in the stack of all pairs, `(N,)`."""
+    counts = [int(np.prod(pair.batch)) for pair in pairs]
+    return np.repeat([pair.rank for pair in pairs], counts)
+
+
 def _stack(scalars: Sequence[jax.Array]) -> jax.Array:
     """`(*batch_i)` of all pairs as one `(N,)`, in the widest dtype."""
     widest = max((x.dtype for x in scalars), key=lambda dtype: dtype.itemsize)
     return jnp.concatenate([x.reshape(-1).astype(widest) for x in scalars])
-
-
-def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

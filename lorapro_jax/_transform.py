@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from ._adjust import Gauge, adjust
+from ._adjust import adjust
+from ._coefficients import Gauge
 from ._factors import PairArrays
 from ._layout import LoRAPair, factor_axes
 from ._leaves import Leaf, check_factor, index_leaves
