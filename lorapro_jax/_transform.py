@@ -1,24 +1,16 @@
 """`lorapro()`: LoRA's gradients in, LoRA-Pro's out."""
 
-import functools
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias, cast, get_args
+from collections.abc import Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
 from ._adjust import adjust
 from ._coefficients import Gauge
-from ._factors import PairArrays
-from ._layout import LoRAPair, factor_axes
-from ._leaves import Leaf, check_factor, index_leaves
-from ._pairs import PairsSpec, find_pairs
-from ._scale import ScaleSpec, check_scale_options, is_real_scalar
-
-OnNoPairs: TypeAlias = Literal["error", "ignore"]
+from ._pairs import PairsSpec
+from ._scale import ScaleSpec
+from ._trees import OnNoPairs, check_adjustment, pair_finder, put_pairs, take_pairs
 
 DEFAULT_DAMPING = 0.1
 
@@ -101,32 +93,18 @@ def lorapro(
       >>> updates, state = tx.update(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
     """
-    check_scale_options(scale, alpha, rslora)
-    _check_options(gauge, damping, on_no_pairs)
-    if isinstance(stack_axis, jax.Array):
-        raise TypeError(
-            "`stack_axis` is static. In `optax.inject_hyperparams(lorapro, "
-            "static_args=('stack_axis',))` name it."
-        )
-    if pairs is not None and not callable(pairs):
-        pairs = tuple(pairs)  # a generator could be read only once
-    find = functools.partial(
-        find_pairs,
+    check_adjustment(gauge, damping)
+    find = pair_finder(
         scale=scale,
         alpha=alpha,
         rslora=rslora,
         pairs=pairs,
         stack_axis=stack_axis,
+        on_no_pairs=on_no_pairs,
     )
 
-    def find_any(tree: optax.Params) -> tuple[LoRAPair, ...]:
-        found = find(tree)
-        if not found and on_no_pairs == "error" and jax.tree.leaves(tree):
-            raise ValueError(_no_pairs_message(tree))
-        return found
-
     def init_fn(params: optax.Params) -> optax.EmptyState:
-        find_any(params)  # a wrong tree should fail here, not at the first step
+        find(params)  # a wrong tree should fail here, not at the first step
         return optax.EmptyState()
 
     def update_fn(
@@ -136,84 +114,11 @@ def lorapro(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
-        found = find_any(updates)
+        found = find(updates)
         if not found:
             return updates, state
-        if params is None:
-            raise ValueError(
-                "`lorapro` needs the current factors: call "
-                "`tx.update(grads, state, params)`."
-            )
-        grads, factors = index_leaves(updates), index_leaves(params)
-        arrays = [_take(pair, grads, factors) for pair in found]
+        arrays = take_pairs(found, updates, params)
         steps = adjust(arrays, damping=damping, gauge=gauge)
-
-        leaves = jax.tree.leaves(updates)
-        for pair, step in zip(found, steps, strict=True):
-            for path, x in zip((pair.a, pair.b), step, strict=True):
-                leaf = grads[path]
-                leaves[leaf.position] = _cast(x, leaf.value.dtype)
-        return jax.tree.unflatten(jax.tree.structure(updates), leaves), state
+        return put_pairs(found, steps, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _take(
-    pair: LoRAPair, grads: Mapping[str, Leaf], factors: Mapping[str, Leaf]
-) -> PairArrays:
-    """The arrays of one pair of `find_pairs`."""
-    paths = (pair.a, pair.b)
-    for path in paths:
-        _check_match(path, grads[path], factors.get(path))
-        check_factor(path, factors[path])
-    a, b = (jnp.asarray(factors[path].value) for path in paths)
-    grad_a, grad_b = (jnp.asarray(grads[path].value) for path in paths)
-    scale = cast(ArrayLike, pair.scale)
-    return PairArrays(a, b, grad_a, grad_b, scale, *factor_axes(pair))
-
-
-def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x` in a leaf's dtype; what is finite stays finite (float16 ends at 65504)."""
-    limit = float(jnp.finfo(dtype).max)
-    if limit < float(jnp.finfo(x.dtype).max):
-        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
-    return x.astype(dtype)
-
-
-def _check_options(gauge: str, damping: Any, on_no_pairs: str) -> None:
-    for name, value, allowed in (
-        ("gauge", gauge, get_args(Gauge)),
-        ("on_no_pairs", on_no_pairs, get_args(OnNoPairs)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"`{name}={value!r}` has to be one of {allowed}.")
-    # Under `inject_hyperparams` the damping may be traced.
-    traced = isinstance(damping, jax.core.Tracer)
-    if not traced and not (is_real_scalar(damping) and 0 <= damping < math.inf):
-        raise ValueError(
-            f"`damping={damping!r}` has to be a finite number of at least 0; 0 is the "
-            "paper's undamped adjustment."
-        )
-
-
-def _check_match(path: str, grad: Leaf, factor: Leaf | None) -> None:
-    if factor is None:
-        raise ValueError(
-            f"`params` has no leaf `{path}`, but the gradients do. Pass the parameters "
-            "that the gradients were taken of: `tx.update(grads, state, params)`."
-        )
-    if factor.shape != grad.shape:
-        raise ValueError(
-            f"`{path}` has shape {factor.shape} in `params` and {grad.shape} in the "
-            "gradients. Pass the parameters that the gradients were taken of."
-        )
-
-
-def _no_pairs_message(tree: optax.Params) -> str:
-    paths = list(index_leaves(tree))
-    return (
-        f"No LoRA pair among the {len(paths)} leaves, such as {paths[:4]}. Factors are "
-        "known by names like `lora_a` and `lora_b`, `kernel_lora_a`, `lora_A.weight`, "
-        "`lora/a`, `lora_down`. Give others with `pairs=[(path of A, path of B)]`, or "
-        "pass `on_no_pairs='ignore'` to let such a tree through."
-    )
