@@ -8,7 +8,7 @@ pair (`_coefficients`), and from products of those with the factors.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from ._factors import (
     largest_entry,
     times,
 )
+from ._layout import FactorAxes
 from ._linalg import (
     Eigh,
     eigh_psd,
@@ -31,6 +32,9 @@ from ._linalg import (
     split_batches,
     stack_square,
 )
+
+Step: TypeAlias = tuple[jax.Array, jax.Array]
+"""A step or gradient of A and of B, laid out like them."""
 
 
 class Spectra(NamedTuple):
@@ -49,7 +53,7 @@ class Spectra(NamedTuple):
 
 def adjust(
     pairs: Sequence[PairArrays], *, damping: ArrayLike, gauge: Gauge
-) -> list[tuple[jax.Array, jax.Array]]:
+) -> list[Step]:
     """The adjusted gradients of many pairs, with one eigendecomposition.
 
     **The gradients of a pair must come from one G**, so that g_A Aᵀ = Bᵀ g_B;
@@ -91,7 +95,7 @@ def solve(
     *,
     damping: ArrayLike,
     gauge: Gauge,
-) -> list[tuple[jax.Array, jax.Array]]:
+) -> list[Step]:
     """As `adjust`, with the `decompose` of pairs that have the same factors."""
     batches = [pair.batch for pair in pairs]
     units = spectra.units
@@ -134,9 +138,29 @@ def equivalent(pair: PairArrays, step_a: jax.Array, step_b: jax.Array) -> jax.Ar
     return jnp.asarray(pair.scale, moved.dtype) * moved
 
 
-def _apply(
-    pair: PairArrays, matrices: Coefficients, weight: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def lora_gradients(pair: PairArrays, x: jax.Array) -> Step:
+    """Jᵀ X = (s Bᵀ X, s X Aᵀ), laid out like A and B, for an X like `equivalent`'s."""
+    count = len(pair.batch)
+    rows = len(pair.b_axes.features(pair.b.ndim))
+    x_rows = tuple(range(count, count + rows))
+    x_columns = tuple(range(count + rows, x.ndim))
+
+    def product(
+        factor: jax.Array, axes: FactorAxes, over: tuple[int, ...], like: FactorAxes
+    ) -> jax.Array:
+        dims = ((axes.features(factor.ndim), over), (axes.batch, tuple(range(count))))
+        y = jax.lax.dot_general(factor, x, dims, precision=jax.lax.Precision.HIGHEST)
+        # `y` has the batch axes, the rank and the other factor's features.
+        order = (*like.batch, like.rank, *like.features(y.ndim))
+        return y.transpose(np.argsort(order))
+
+    grad_a = product(pair.b, pair.b_axes, x_rows, pair.a_axes)
+    grad_b = product(pair.a, pair.a_axes, x_columns, pair.b_axes)
+    scale = jnp.asarray(pair.scale, x.dtype)
+    return scale * grad_a, scale * grad_b
+
+
+def _apply(pair: PairArrays, matrices: Coefficients, weight: jax.Array) -> Step:
     """The adjusted gradients of one pair from its coefficients."""
     on_grad_a, on_a, on_grad_b, on_b = (
         x[..., : pair.rank, : pair.rank].astype(pair.a.dtype) for x in matrices

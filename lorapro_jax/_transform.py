@@ -10,7 +10,14 @@ from ._adjust import adjust
 from ._coefficients import Gauge
 from ._pairs import PairsSpec
 from ._scale import ScaleSpec
-from ._trees import OnNoPairs, check_adjustment, pair_finder, put_pairs, take_pairs
+from ._trees import (
+    OnNoPairs,
+    check_adjustment,
+    pair_finder,
+    positions,
+    put_leaves,
+    take_pairs,
+)
 
 DEFAULT_DAMPING = 0.1
 
@@ -119,6 +126,11 @@ def lorapro(
             return updates, state
         arrays = take_pairs(found, updates, params)
         steps = adjust(arrays, damping=damping, gauge=gauge)
-        return put_pairs(found, steps, updates), state
+        leaves = {
+            place: x
+            for places, step in zip(positions(found, updates), steps, strict=True)
+            for place, x in zip(places, step, strict=True)
+        }
+        return put_leaves(updates, leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

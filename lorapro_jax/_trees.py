@@ -83,23 +83,24 @@ def take_pairs(
     return [_take(pair, grads, factors) for pair in found]
 
 
-def put_pairs(
-    found: Sequence[LoRAPair],
-    steps: Sequence[tuple[jax.Array, jax.Array]],
-    updates: optax.Updates,
-) -> optax.Updates:
-    """`updates` with the steps of the pairs, each in its leaf's dtype."""
-    index = index_leaves(updates)
+def positions(found: Sequence[LoRAPair], tree: optax.Params) -> list[tuple[int, int]]:
+    """The positions of A and B of each pair among all leaves of the tree."""
+    index = index_leaves(tree)
+    return [(index[pair.a].position, index[pair.b].position) for pair in found]
+
+
+def put_leaves(updates: optax.Updates, new: Mapping[int, jax.Array]) -> optax.Updates:
+    """`updates` with new leaves at some positions, each in the old one's dtype."""
     leaves, structure = jax.tree.flatten(updates)
-    for pair, step in zip(found, steps, strict=True):
-        for path, x in zip((pair.a, pair.b), step, strict=True):
-            leaf = index[path]
-            leaves[leaf.position] = cast_to(x, leaf.value.dtype)
+    for position, x in new.items():
+        leaves[position] = cast_to(x, jnp.asarray(leaves[position]).dtype)
     return jax.tree.unflatten(structure, leaves)
 
 
 def cast_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`x` in a leaf's dtype; what is finite stays finite (float16 ends at 65504)."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return x.astype(dtype)
     limit = float(jnp.finfo(dtype).max)
     if limit < float(jnp.finfo(x.dtype).max):
         x = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
@@ -110,6 +111,14 @@ def check_choice(name: str, value: Any, allowed: Any) -> None:
     """Raises ValueError where `value` is not one of a `Literal`."""
     if value not in get_args(allowed):
         raise ValueError(f"`{name}={value!r}` has to be one of {get_args(allowed)}.")
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError where a number is known and not in `[low, high)`."""
+    if is_traced(value):
+        return  # under `inject_hyperparams`
+    if not (is_real_scalar(value) and low <= value < high):
+        raise ValueError(f"`{name}={value!r}` has to be in [{low:g}, {high:g}).")
 
 
 def check_adjustment(gauge: Any, damping: Any) -> None:
