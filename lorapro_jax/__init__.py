@@ -8,8 +8,8 @@ arXiv 2407.18242.
 
 from importlib.metadata import version as _version
 
+from ._adam import scale_by_lorapro_adam as scale_by_lorapro_adam
 from ._adamw import lorapro_adamw as lorapro_adamw
-from ._adamw import scale_by_lorapro_adam as scale_by_lorapro_adam
 from ._describe import describe_pairs as describe_pairs
 from ._inspect import equivalent_gradient as equivalent_gradient
 from ._layout import LoRAPair as LoRAPair

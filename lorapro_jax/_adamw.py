@@ -1,108 +1,17 @@
-"""`lorapro_adamw()`: AdamW on the weights that LoRA factors stand for."""
+"""`lorapro_adamw()`: the direction of `_adam`, a learning rate and weight decay."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from ._adam_state import ScaleByLoRAProAdamState, divide, join, split
-from ._adjust import Step, decompose, solve
+from ._adam import DEFAULT_ADAM_DAMPING, Moments, scale_by_lorapro_adam
 from ._coefficients import Gauge
 from ._descent import descend
-from ._factors import PairArrays, in_compute_dtype
-from ._moments import Adam, DenseMoments, FactoredMoments, Projector
 from ._pairs import PairsSpec
 from ._scale import ScaleSpec
-from ._thin import norm
-from ._trees import (
-    OnNoPairs,
-    check_adjustment,
-    check_choice,
-    check_number,
-    pair_finder,
-    put_leaves,
-    take_pairs,
-)
-
-Moments: TypeAlias = Literal["factored", "dense"]
-
-DEFAULT_ADAM_DAMPING = 1e-4
-
-
-def scale_by_lorapro_adam(
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    *,
-    moments: Moments = "factored",
-    gauge: Gauge = "sylvester",
-    damping: ArrayLike = DEFAULT_ADAM_DAMPING,
-    max_grad_norm: ArrayLike | None = None,
-    mu_dtype: DTypeLike | None = None,
-    scale: ScaleSpec = 1.0,
-    alpha: ScaleSpec | None = None,
-    rslora: bool = False,
-    pairs: PairsSpec | None = None,
-    stack_axis: int | Sequence[int] | None = None,
-    on_no_pairs: OnNoPairs = "error",
-) -> optax.GradientTransformationExtraArgs:
-    """TODO."""
-    check_adjustment(gauge, damping)
-    check_choice("moments", moments, Moments)
-    check_number("b1", b1, 0, 1)
-    check_number("b2", b2, 0, 1)
-    check_number("eps", eps, 0, np.inf)
-    if max_grad_norm is not None:
-        check_number("max_grad_norm", max_grad_norm, 0, np.inf)
-    find = pair_finder(
-        scale=scale,
-        alpha=alpha,
-        rslora=rslora,
-        pairs=pairs,
-        stack_axis=stack_axis,
-        on_no_pairs=on_no_pairs,
-    )
-    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
-    kind: Any = DenseMoments if moments == "dense" else FactoredMoments
-
-    def init_fn(params: optax.Params) -> ScaleByLoRAProAdamState:
-        found = find(params)
-        at, others = divide(found, params)
-        arrays = take_pairs(found, params, params)
-        new = [kind.init(pair, mu_dtype) for pair in arrays]
-        return join(params, at, new, adam.init(others))
-
-    def update_fn(
-        updates: optax.Updates,
-        state: ScaleByLoRAProAdamState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByLoRAProAdamState]:
-        del extra_args
-        found = find(updates)
-        at, others = divide(found, updates)
-        old, old_adam = split(updates, at, state, kind)
-        pairs = [in_compute_dtype(x) for x in take_pairs(found, updates, params)]
-
-        spectra = decompose(pairs)
-        steps = solve(spectra, pairs, damping=damping, gauge="sylvester")
-        if max_grad_norm is not None:
-            steps, others = _clip(pairs, steps, others, max_grad_norm)
-        hyper = Adam(b1, b2, eps, optax.safe_increment(state.count))
-        project = Projector(spectra, damping)
-        steps, new = kind.directions(pairs, steps, old, hyper, project, gauge)
-        new = jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
-
-        leaves, new_adam = adam.update(others, old_adam)
-        for places, step in zip(at, steps, strict=True):
-            leaves.update(zip(places, step, strict=True))
-        return put_leaves(updates, leaves), join(updates, at, new, new_adam)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+from ._trees import OnNoPairs, pair_finder
 
 
 def lorapro_adamw(
@@ -125,7 +34,82 @@ def lorapro_adamw(
     stack_axis: int | Sequence[int] | None = None,
     on_no_pairs: OnNoPairs = "error",
 ) -> optax.GradientTransformationExtraArgs:
-    """TODO."""
+    """AdamW as full fine-tuning would run it, for LoRA factors.
+
+    AdamW on A and B follows the gradients of A and B. This follows the gradient of
+    W = W0 + s B A: its moments are those of the equivalent gradient E, the part of
+    W's gradient that the factors can follow, and Adam's direction D for W is then
+    brought back to the factors, as the step whose effect on W is closest to D. Its
+    learning rates are therefore near those of full fine-tuning, and do not depend on
+    s or on how B A is split. Leaves that are no factor get plain AdamW.
+
+    The moments are of one of two kinds:
+
+    * `"factored"`: no m×n array exists, not even for a moment, and the state is about
+      that of AdamW on A and B. The second moment is the outer product of its exact
+      row and column sums, as in Adafactor; the first is a pair of steps, carried
+      from one step's tangent space to the next. This combination is not in the
+      literature; in `benchmarks/quality.py` it is compared with
+    * `"dense"`: the paper's algorithm, with two moments of the size of W, for small
+      layers and to compare with.
+
+    Weight decay is decoupled and acts on the product B A, which is all of W that
+    LoRA trains: A and B each become √(1 - lr·λ) times what they were. The paper
+    also decays the frozen W0; a LoRA optimizer cannot.
+
+    On CPU keep to one `lorapro_adamw()` in a program; see `lorapro`.
+
+    Args:
+      learning_rate: A number or an Optax schedule.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Added to the root of the second moment; with factored moments ε² is added
+        under the root.
+      weight_decay: λ.
+      mask: Which leaves decay: a tree of bools, a prefix of the parameters' tree, or
+        a function from the parameters to one; None for all. A mask that names one
+        factor of a pair decays the product half as much.
+      moments: `"factored"` or `"dense"`.
+      gauge: How the direction is divided between A and B; see `lorapro`.
+      damping: Levenberg-Marquardt damping, as in `lorapro`, of all adjustments. TODO
+      max_grad_norm: Clips the equivalent gradients and the gradients of other leaves
+        by their common norm, which is what clipping by the global norm would see in
+        full fine-tuning, as far as the factors can follow. A gradient that is not
+        finite does not count. None for no clipping.
+      mu_dtype: Of the first moments; by default float32, as all moments are (float64
+        for float64 parameters), whatever the dtype of the factors.
+      scale: The s of the forward pass; see `lorapro`, as for everything below.
+      alpha: Instead of `scale`: s = alpha / r.
+      rslora: With `alpha`: s = alpha / sqrt(r).
+      pairs: Explicit pairs instead of those found by name. What is not among them
+        gets plain AdamW, whatever its name.
+      stack_axis: The axes along which layers are stacked.
+      on_no_pairs: `"error"`, or `"ignore"` for plain AdamW in a tree without a pair.
+
+    Returns:
+      A `GradientTransformationExtraArgs`; the first part of its state is a
+      `ScaleByLoRAProAdamState`. `update` needs `params`, computes in float32 (float64
+      where a leaf is float64) and returns each leaf in its own dtype.
+
+    Raises:
+      ValueError: For options out of range, and everything that `lorapro` raises.
+
+    References:
+      Wang et al., `LoRA-Pro: Are Low-Rank Adapters Properly Optimized?
+      <https://arxiv.org/abs/2407.18242>`_, ICLR 2025, the algorithm with AdamW.
+      Shazeer and Stern, `Adafactor: Adaptive Learning Rates with Sublinear Memory Cost
+      <https://arxiv.org/abs/1804.04235>`_, 2018.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from lorapro_jax import lorapro_adamw
+      >>> params = {"lora_a": jnp.ones((64, 4)), "lora_b": jnp.zeros((4, 32))}
+      >>> tx = lorapro_adamw(1e-3, weight_decay=0.01, alpha=8.0)
+      >>> state = tx.init(params)
+      >>> grads = jax.tree.map(jnp.ones_like, params)
+      >>> updates, state = tx.update(grads, state, params)
+      >>> params = optax.apply_updates(params, updates)
+    """
     if pairs is not None and not callable(pairs):
         pairs = tuple(pairs)  # a generator could be read only once
     where: dict[str, Any] = {
@@ -150,23 +134,3 @@ def lorapro_adamw(
         ),
         descend(learning_rate, weight_decay, mask, pair_finder(**where)),
     )
-
-
-def _clip(
-    pairs: Sequence[PairArrays],
-    steps: Sequence[Step],
-    others: Mapping[int, jax.Array],
-    max_norm: ArrayLike,
-) -> tuple[list[Step], dict[int, jax.Array]]:
-    """Everything times one number, so that the norm is at most `max_norm`.
-
-    The norm is that of the equivalent gradients and of the other leaves. What is not
-    finite does not count, or it would reach all leaves through the norm.
-    """
-    norms = [norm(pair, *step) for pair, step in zip(pairs, steps, strict=True)]
-    norms += [jnp.linalg.norm(x.ravel()) for x in others.values()]
-    stack = jnp.stack([jnp.where(jnp.isfinite(x), x, 0) for x in norms])
-    total = jnp.linalg.norm(stack)
-    factor = jnp.where(total > max_norm, max_norm / total, 1)
-    steps = [(factor.astype(a.dtype) * a, factor.astype(b.dtype) * b) for a, b in steps]
-    return steps, {i: factor.astype(x.dtype) * x for i, x in others.items()}

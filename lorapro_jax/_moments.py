@@ -184,7 +184,10 @@ class FactoredMoments(NamedTuple):
     def _transported(
         cls, pairs: Sequence[PairArrays], moments: Sequence[Self], project: Projector
     ) -> list[Step]:
-        """(μ_a, μ_b) of the projections of M to the present tangent spaces."""
+        """(μ_a, μ_b) of the projections of M to the present tangent spaces.
+
+        Without damping, which would forget a little of M at every step.
+        """
         gradients = []
         for pair, old in zip(pairs, moments, strict=True):
             dtype = pair.a.dtype
@@ -192,7 +195,7 @@ class FactoredMoments(NamedTuple):
                 x.astype(dtype) for x in (old.mean_a, old.mean_b, old.a, old.b)
             )
             gradients.append(thin_gradients(pair, (b, mean_b), (mean_a, a)))
-        return project(pairs, gradients)
+        return project._replace(damping=0.0)(pairs, gradients)
 
     def _preconditioners(self, pair: PairArrays, adam: Adam) -> Step:
         """Thin diagonals p and q, so that p_i q_j = 1/√V_ij with V's rank-one form.

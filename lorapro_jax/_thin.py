@@ -54,13 +54,9 @@ def norm(pair: PairArrays, a: jax.Array, b: jax.Array) -> jax.Array:
     grams_b = [contract(x, y, pair.b_axes) for x in left for y in left]
     grams_a = [contract(x, y, pair.a_axes) for x in right for y in right]
     products = [x * y for x, y in zip(grams_b, grams_a, strict=True)]
-    square = jnp.stack(products).sum((0, -2, -1))
-    norms = (
-        jnp.abs(jnp.asarray(pair.scale, square.dtype))
-        * unit
-        * jnp.sqrt(jnp.maximum(square, 0))
-    )
-    return jnp.linalg.norm(norms.ravel())
+    square = jnp.maximum(jnp.stack(products).sum((0, -2, -1)), 0)
+    scale = jnp.abs(jnp.asarray(pair.scale, square.dtype))
+    return jnp.linalg.norm(jnp.ravel(scale * unit * jnp.sqrt(square)))
 
 
 def _row_sums(

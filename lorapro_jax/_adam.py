@@ -1,0 +1,152 @@
+"""`scale_by_lorapro_adam()`: Adam on the weights that LoRA factors stand for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from ._adam_state import ScaleByLoRAProAdamState, divide, join, split
+from ._adjust import Step, decompose, solve
+from ._coefficients import Gauge
+from ._factors import PairArrays, in_compute_dtype
+from ._moments import Adam, DenseMoments, FactoredMoments, Projector
+from ._pairs import PairsSpec
+from ._scale import ScaleSpec
+from ._thin import norm
+from ._trees import (
+    OnNoPairs,
+    check_adjustment,
+    check_choice,
+    check_number,
+    pair_finder,
+    put_leaves,
+    take_pairs,
+)
+
+Moments: TypeAlias = Literal["factored", "dense"]
+
+DEFAULT_ADAM_DAMPING = 1e-4
+
+
+def scale_by_lorapro_adam(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    moments: Moments = "factored",
+    gauge: Gauge = "sylvester",
+    damping: ArrayLike = DEFAULT_ADAM_DAMPING,
+    max_grad_norm: ArrayLike | None = None,
+    mu_dtype: DTypeLike | None = None,
+    scale: ScaleSpec = 1.0,
+    alpha: ScaleSpec | None = None,
+    rslora: bool = False,
+    pairs: PairsSpec | None = None,
+    stack_axis: int | Sequence[int] | None = None,
+    on_no_pairs: OnNoPairs = "error",
+) -> optax.GradientTransformationExtraArgs:
+    """Adam's direction in the space of the weights, brought back to the factors.
+
+    See `lorapro_adamw`, which adds the learning rate and the weight decay. Chain it
+    with `optax.scale_by_learning_rate`, and with a transform that acts on the
+    finished direction if you need one.
+
+    Args:
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      moments: See `lorapro_adamw`, as for everything below.
+      gauge: Of the direction.
+      damping: Of the adjustments.
+      max_grad_norm: Of the equivalent gradient, over the whole tree.
+      mu_dtype: Of the first moments.
+      scale: See `lorapro`, as for everything below.
+      alpha: Instead of `scale`.
+      rslora: With `alpha`.
+      pairs: Explicit pairs.
+      stack_axis: The stacked axes.
+      on_no_pairs: `"error"` or `"ignore"`.
+
+    Returns:
+      A `GradientTransformationExtraArgs` with a `ScaleByLoRAProAdamState`; `update`
+      needs `params` and returns each leaf in its own dtype.
+
+    Raises:
+      ValueError: As `lorapro_adamw`.
+    """
+    check_adjustment(gauge, damping)
+    check_choice("moments", moments, Moments)
+    check_number("b1", b1, 0, 1)
+    check_number("b2", b2, 0, 1)
+    check_number("eps", eps, 0, np.inf)
+    if max_grad_norm is not None:
+        check_number("max_grad_norm", max_grad_norm, 0, np.inf)
+    find = pair_finder(
+        scale=scale,
+        alpha=alpha,
+        rslora=rslora,
+        pairs=pairs,
+        stack_axis=stack_axis,
+        on_no_pairs=on_no_pairs,
+    )
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+    kind: Any = DenseMoments if moments == "dense" else FactoredMoments
+
+    def init_fn(params: optax.Params) -> ScaleByLoRAProAdamState:
+        found = find(params)
+        at, others = divide(found, params)
+        arrays = take_pairs(found, params, params)
+        new = [kind.init(pair, mu_dtype) for pair in arrays]
+        return join(params, at, new, adam.init(others))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByLoRAProAdamState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByLoRAProAdamState]:
+        del extra_args
+        found = find(updates)
+        at, others = divide(found, updates)
+        old, old_adam = split(updates, at, state, kind)
+        pairs = [in_compute_dtype(x) for x in take_pairs(found, updates, params)]
+
+        spectra = decompose(pairs)
+        steps = solve(spectra, pairs, damping=damping, gauge="sylvester")
+        if max_grad_norm is not None:
+            steps, others = _clip(pairs, steps, others, max_grad_norm)
+        hyper = Adam(b1, b2, eps, optax.safe_increment(state.count))
+        project = Projector(spectra, damping)
+        steps, new = kind.directions(pairs, steps, old, hyper, project, gauge)
+        new = jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
+
+        leaves, new_adam = adam.update(others, old_adam)
+        for places, step in zip(at, steps, strict=True):
+            leaves.update(zip(places, step, strict=True))
+        return put_leaves(updates, leaves), join(updates, at, new, new_adam)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _clip(
+    pairs: Sequence[PairArrays],
+    steps: Sequence[Step],
+    others: Mapping[int, jax.Array],
+    max_norm: ArrayLike,
+) -> tuple[list[Step], dict[int, jax.Array]]:
+    """Everything times one number, so that the norm is at most `max_norm`.
+
+    The norm is that of the equivalent gradients and of the other leaves. What is not
+    finite does not count, or it would reach all leaves through the norm.
+    """
+    norms = [norm(pair, *step) for pair, step in zip(pairs, steps, strict=True)]
+    norms += [jnp.linalg.norm(x.ravel()) for x in others.values()]
+    stack = jnp.stack([jnp.where(jnp.isfinite(x), x, 0) for x in norms])
+    total = jnp.linalg.norm(stack)
+    factor = jnp.where(total > max_norm, max_norm / total, 1)
+    steps = [(factor.astype(a.dtype) * a, factor.astype(b.dtype) * b) for a, b in steps]
+    return steps, {i: factor.astype(x.dtype) * x for i, x in others.items()}
