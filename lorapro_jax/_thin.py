@@ -55,8 +55,9 @@ def norm(pair: PairArrays, a: jax.Array, b: jax.Array) -> jax.Array:
     grams_a = [contract(x, y, pair.a_axes) for x in right for y in right]
     products = [x * y for x, y in zip(grams_b, grams_a, strict=True)]
     square = jnp.maximum(jnp.stack(products).sum((0, -2, -1)), 0)
-    scale = jnp.abs(jnp.asarray(pair.scale, square.dtype))
-    return jnp.linalg.norm(jnp.ravel(scale * unit * jnp.sqrt(square)))
+    norms = jnp.abs(jnp.asarray(pair.scale, square.dtype)) * unit * jnp.sqrt(square)
+    total: jax.Array = jnp.linalg.norm(norms.ravel())
+    return total
 
 
 def _row_sums(
