@@ -1,6 +1,7 @@
 """LoRA-Pro for Optax: LoRA steps as close to full fine-tuning as its rank allows.
 
-    tx = optax.chain(lorapro(), optax.adamw(1e-4))
+    tx = optax.chain(lorapro(), optax.adamw(1e-4))  # better gradients for any optimizer
+    tx = lorapro_adamw(1e-4)  # AdamW as full fine-tuning would run it
 
 Wang et al., "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", ICLR 2025,
 arXiv 2407.18242.
@@ -9,6 +10,7 @@ arXiv 2407.18242.
 from importlib.metadata import version as _version
 
 from ._adam import scale_by_lorapro_adam as scale_by_lorapro_adam
+from ._adam_state import ScaleByLoRAProAdamState as ScaleByLoRAProAdamState
 from ._adamw import lorapro_adamw as lorapro_adamw
 from ._describe import describe_pairs as describe_pairs
 from ._inspect import equivalent_gradient as equivalent_gradient

@@ -35,7 +35,8 @@ def test_control_the_check_above_sees_an_import():
 def test_facade_is_complete_and_typed():
     names = {name for name in vars(lorapro_jax) if not name.startswith("_")}
     assert names == {
-        "LoRAPair", "describe_pairs", "equivalent_gradient", "find_pairs", "lorapro",
+        "LoRAPair", "ScaleByLoRAProAdamState", "describe_pairs", "equivalent_gradient",
+        "find_pairs", "lorapro", "lorapro_adamw", "scale_by_lorapro_adam",
     }  # fmt: skip
     assert (Path(lorapro_jax.__file__).parent / "py.typed").exists()
     for name in names:
