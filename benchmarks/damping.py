@@ -51,14 +51,14 @@ def methods(names, dampings):
             yield name, damping, Method(name, chained, rates)
 
 
-def measure(method, base, data, seeds, steps):
+def measure(task, method, base, seeds, steps):
     """Per rate: validation loss and accuracy over seeds, test accuracy by seed."""
-    trained = train(method, base, data.train, jnp.arange(seeds), steps)
-    loss, accuracy = map(np.asarray, evaluate(method, trained.runs, data.validation))
+    trained = train(task, method, base, jnp.arange(seeds), steps)
+    loss, accuracy = evaluate(task, method, trained.runs, task.validation)
     finite = np.where(np.isfinite(loss), loss, np.inf)
     # Chance level for a run that has diverged: worse is not more informative.
     loss = np.minimum(finite, math.log(10))
-    _, test_accuracy = evaluate(method, trained.runs, data.test)
+    _, test_accuracy = evaluate(task, method, trained.runs, task.test)
     return {
         "rates": list(method.rates),
         "loss": loss.mean(1).tolist(),
@@ -108,7 +108,7 @@ def main():
     base, _ = pretrain(upright, steps)
     rows = []
     for name, damping, method in track(list(methods(chosen, args.dampings)), "sweep"):
-        result = measure(method, base, shifted, seeds, steps)
+        result = measure(shifted, method, base, seeds, steps)
         rows.append({"optimizer": name, "damping": damping, **result})
     show(rows, Console(width=100))
     record = {

@@ -36,7 +36,6 @@ from examples.training import (
     distance_to_full_gradient,
     evaluate,
     make_chunk,
-    new_model,
     pretrain,
     start,
     train,
@@ -45,7 +44,7 @@ from examples.vit_digits import load_tasks
 from lorapro_jax import describe_pairs, lorapro
 
 METHODS = (
-    Method("full fine-tuning", optax.adamw, (1e-3, 3e-3, 1e-2, 3e-2), nnx.Param),
+    Method("full fine-tuning", optax.adamw, (1e-3, 3e-3, 1e-2, 3e-2), rank=None),
     Method("LoRA", optax.adamw, (1e-3, 3e-3, 1e-2, 3e-2)),
     Method(
         "LoRA-Pro",
@@ -60,7 +59,7 @@ def bar(name):
     return lambda chunks: track(chunks, name.ljust(18))
 
 
-def watcher(method, data):
+def watcher(task, method):
     """Measures on the way how far the step is from the full gradient."""
     adjust = {
         "LoRA": lambda grads, _: grads,
@@ -68,23 +67,23 @@ def watcher(method, data):
     }
     if method.name not in adjust:
         return None
-    return distance_to_full_gradient(method, data, adjust[method.name])
+    return distance_to_full_gradient(task, method, adjust[method.name])
 
 
-def run_method(method, base, data, steps, seeds):
+def run_method(task, method, base, steps, seeds):
     """All rates and seeds; what is reported is at the best rate."""
     trained = train(
+        task,
         method,
         base,
-        data.train,
         jnp.arange(seeds),
         steps,
         progress=bar(method.name),
-        watch=watcher(method, data.train),
+        watch=watcher(task, method),
     )
-    validation, _ = evaluate(method, trained.runs, data.validation)
+    validation, _ = evaluate(task, method, trained.runs, task.validation)
     best = int(jnp.nanargmin(validation.mean(1)))
-    loss, accuracy = evaluate(method, trained.runs, data.test)
+    loss, accuracy = evaluate(task, method, trained.runs, task.test)
     distances = trained.watched and [x[best].mean(0).tolist() for x in trained.watched]
     return {
         "method": method.name,
@@ -151,13 +150,11 @@ def save_picture(results, path):
     figure.savefig(path, dpi=110)
 
 
-def check_resume(base, data, steps, folder):
+def check_resume(task, base, steps, folder):
     """Saves a run half-way with Orbax; both it and its copy go on identically."""
     method = METHODS[-1]
-    chunk = jax.jit(
-        make_chunk(method, nnx.graphdef(new_model(method)), data.train, steps)
-    )
-    begin = start(method, base, steps)
+    chunk = jax.jit(make_chunk(task, method, steps))
+    begin = start(task, method, base, steps)
     run, _ = chunk(begin(method.rates[1], 0))
 
     folder = (folder / "checkpoint").absolute()
@@ -198,11 +195,11 @@ def main():
     upright, shifted = load_tasks()
     base, accuracy = pretrain(upright, steps, progress=bar("pretraining"))
     console.print(f"pretrained: {accuracy:.3f} of the upright test digits are right")
-    adapters = nnx.state(new_model(METHODS[-1]), nnx.LoRAParam)
+    adapters = nnx.state(shifted.new_model(RANK, 0), nnx.LoRAParam)
     console.print(f"the pairs that lorapro() finds, at rank {RANK}:")
     console.print(describe_pairs(adapters), markup=False, highlight=False)
 
-    results = [run_method(method, base, shifted, steps, seeds) for method in methods]
+    results = [run_method(shifted, method, base, steps, seeds) for method in methods]
     console.print(
         f"the shifted task: {len(methods[0].rates)} rates × {seeds} seeds a method, "
         f"{steps} steps; test images, at the rate of the lowest validation loss"
@@ -213,7 +210,7 @@ def main():
     save_picture(results, args.output / "quickstart.png")
     record = {"steps": steps, "seeds": seeds, "machine": machine(), "results": results}
     (args.output / "quickstart.json").write_text(json.dumps(record) + "\n")
-    checkpoint = check_resume(base, shifted, steps, args.output)
+    checkpoint = check_resume(shifted, base, steps, args.output)
     console.print(f"{checkpoint}: restored, and training goes on to the same bits")
     console.print(f"{args.output / 'quickstart.png'}: the picture")
 

@@ -13,10 +13,37 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from examples.vit_digits import Data, Split, ViT, loss_and_accuracy
 from lorapro_jax import equivalent_gradient, find_pairs, lorapro
 
-BATCH, RANK, CHUNK = 64, 4, 25
+RANK, CHUNK = 4, 25
+
+
+class Data(NamedTuple):
+    """Inputs of a model, and the classes it should predict, with a leading axis."""
+
+    inputs: jax.Array
+    labels: jax.Array
+
+
+class Task(NamedTuple):
+    """What to learn, and from what.
+
+    Attributes:
+      name: For tables and pictures.
+      new_model: From a rank (`None`: without adapters) and a seed to a model, which
+        maps inputs to logits.
+      batch: Examples per step.
+      train: Training data.
+      validation: Data to choose a learning rate by.
+      test: Data to report.
+    """
+
+    name: str
+    new_model: Callable[[int | None, jax.typing.ArrayLike], nnx.Module]
+    batch: int
+    train: Data
+    validation: Data
+    test: Data
 
 
 class Method(NamedTuple):
@@ -26,13 +53,18 @@ class Method(NamedTuple):
       name: For tables and pictures.
       optimizer: From a learning-rate schedule to the Optax transform.
       rates: The learning rates of its sweep, ascending.
-      trains: The type of variable it trains: `nnx.LoRAParam` or `nnx.Param`.
+      rank: Of the adapters it trains; `None` trains the model without adapters.
     """
 
     name: str
     optimizer: Callable[[optax.Schedule], optax.GradientTransformation]
     rates: tuple[float, ...]
-    trains: type[nnx.Variable] = nnx.LoRAParam
+    rank: int | None = RANK
+
+    @property
+    def trains(self) -> type[nnx.Variable]:
+        """The type of variable that it trains."""
+        return nnx.Param if self.rank is None else nnx.LoRAParam
 
 
 class Run(NamedTuple):
@@ -77,11 +109,13 @@ def schedule(rate: jax.typing.ArrayLike, steps: int) -> optax.Schedule:
     return lambda count: rate * shape(count)
 
 
-def start(method: Method, base: nnx.State, steps: int) -> Callable[..., Run]:
+def start(
+    task: Task, method: Method, base: nnx.State, steps: int
+) -> Callable[..., Run]:
     """A function `(rate, seed) -> Run` from pretrained weights, vmappable."""
 
     def begin(rate, seed):
-        model = new_model(method, seed)
+        model = task.new_model(method.rank, seed)
         nnx.update(model, base)
         _, trainable, frozen = nnx.split(model, method.trains, ...)
         tx = method.optimizer(schedule(rate, steps))
@@ -91,24 +125,31 @@ def start(method: Method, base: nnx.State, steps: int) -> Callable[..., Run]:
     return begin
 
 
-def new_model(method: Method, seed: jax.typing.ArrayLike = 0) -> ViT:
-    """The model that a method trains: with adapters or without."""
-    rank = RANK if method.trains is nnx.LoRAParam else None
-    return ViT(nnx.Rngs(jax.random.key(seed)), rank=rank)
+def loss_and_accuracy(model: Any, data: Data) -> tuple[jax.Array, jax.Array]:
+    """Mean cross entropy in nats, and the share of right answers."""
+    logits = model(data.inputs)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels).mean()
+    return loss, (logits.argmax(-1) == data.labels).mean()
+
+
+def make_measure(task: Task, method: Method) -> Callable[..., Any]:
+    """A function `(trainable, frozen, data)` to the loss and the accuracy."""
+    graph = nnx.graphdef(task.new_model(method.rank, 0))
+    return lambda trainable, frozen, data: loss_and_accuracy(
+        nnx.merge(graph, trainable, frozen), data
+    )
 
 
 def make_chunk(
-    method: Method, graph: nnx.GraphDef, data: Data, steps: int
+    task: Task, method: Method, steps: int
 ) -> Callable[[Run], tuple[Run, jax.Array]]:
     """A function that trains one run for `CHUNK` steps and returns the losses."""
-
-    def loss_fn(trainable, frozen, batch):
-        return loss_and_accuracy(nnx.merge(graph, trainable, frozen), batch)[0]
+    grad_fn = jax.value_and_grad(make_measure(task, method), has_aux=True)
 
     def one(run: Run, _):
         tx = method.optimizer(schedule(run.rate, steps))
-        batch = take_batch(run, data)
-        loss, grads = jax.value_and_grad(loss_fn)(run.trainable, run.frozen, batch)
+        batch = take_batch(run, task)
+        (loss, _), grads = grad_fn(run.trainable, run.frozen, batch)
         updates, opt_state = tx.update(grads, run.opt_state, run.trainable)
         trainable = optax.apply_updates(run.trainable, updates)
         new = run._replace(trainable=trainable, opt_state=opt_state, step=run.step + 1)
@@ -117,17 +158,17 @@ def make_chunk(
     return lambda run: jax.lax.scan(one, run, length=CHUNK)
 
 
-def take_batch(run: Run, data: Data) -> Data:
+def take_batch(run: Run, task: Task) -> Data:
     """The batch of a run's current step: it depends on its seed and step alone."""
     key = jax.random.fold_in(run.key, run.step)
-    index = jax.random.randint(key, (BATCH,), 0, len(data.labels))
-    return Data(data.images[index], data.labels[index])
+    index = jax.random.randint(key, (task.batch,), 0, len(task.train.labels))
+    return jax.tree.map(lambda x: x[index], task.train)
 
 
 def train(
+    task: Task,
     method: Method,
     base: nnx.State,
-    data: Data,
     seeds: jax.Array,
     steps: int,
     *,
@@ -137,9 +178,9 @@ def train(
     """Trains every rate of a method with every seed, side by side.
 
     Args:
+      task: What to learn.
       method: What to train, how, and at which rates.
       base: The pretrained weights.
-      data: Training data.
       seeds: Of the adapters and of the batches, `(S,)`.
       steps: Optimizer steps, a multiple of `CHUNK`.
       progress: Wraps the loop over chunks, to show a bar.
@@ -147,9 +188,8 @@ def train(
     """
     every = lambda fn: jax.jit(jax.vmap(jax.vmap(fn)))
     rates, seeds = jnp.meshgrid(jnp.array(method.rates), seeds, indexing="ij")
-    runs = every(start(method, base, steps))(rates, seeds)
-    graph = nnx.graphdef(new_model(method))
-    chunk = every(make_chunk(method, graph, data, steps)).lower(runs).compile()
+    runs = every(start(task, method, base, steps))(rates, seeds)
+    chunk = every(make_chunk(task, method, steps)).lower(runs).compile()
     look = every(watch) if watch else None
     losses, seen, seconds = [], [], 0.0
     for _ in progress(list(range(steps // CHUNK))):
@@ -164,29 +204,30 @@ def train(
 
 
 def pretrain(
-    data: Split,
+    task: Task,
     steps: int,
     progress: Callable[[list[int]], Iterable[int]] = lambda chunks: chunks,
+    rate: float = 3e-3,
 ) -> tuple[nnx.State, float]:
-    """Weights that know the upright digits, and their test accuracy."""
-    method = Method("pretraining", optax.adamw, (3e-3,), nnx.Param)
-    base, seed = nnx.state(new_model(method)), jnp.zeros(1, int)
-    runs = train(method, base, data.train, seed, steps, progress=progress).runs
-    _, accuracy = evaluate(method, runs, data.test)
+    """Weights that know a task, and their accuracy on its test data."""
+    method = Method("pretraining", optax.adamw, (rate,), rank=None)
+    base, seed = nnx.state(task.new_model(None, 0)), jnp.zeros(1, int)
+    runs = train(task, method, base, seed, steps, progress=progress).runs
+    _, accuracy = evaluate(task, method, runs, task.test)
     return jax.tree.map(lambda x: x[0, 0], runs.trainable), float(accuracy[0, 0])
 
 
-def evaluate(method: Method, runs: Run, data: Data) -> tuple[jax.Array, jax.Array]:
+def evaluate(
+    task: Task, method: Method, runs: Run, data: Data
+) -> tuple[jax.Array, jax.Array]:
     """Loss and accuracy of runs with leading axes `(R, S)`."""
-    graph = nnx.graphdef(new_model(method))
-    one = lambda run: loss_and_accuracy(
-        nnx.merge(graph, run.trainable, run.frozen), data
-    )
+    measure = make_measure(task, method)
+    one = lambda run: measure(run.trainable, run.frozen, data)
     return jax.jit(jax.vmap(jax.vmap(one)))(runs)
 
 
 def distance_to_full_gradient(
-    method: Method, data: Data, adjust: Callable[[Any, Any], Any]
+    task: Task, method: Method, adjust: Callable[[Any, Any], Any]
 ) -> Callable[[Run], tuple[jax.Array, ...]]:
     """A `watch` for `train`: ‖E - G‖ / ‖G‖ over all adapted layers.
 
@@ -195,14 +236,11 @@ def distance_to_full_gradient(
     it is, of c E for the best number c, which a learning rate could supply, and
     of the closest E that any step on these factors has (`lorapro` undamped).
     """
-    graph = nnx.graphdef(new_model(method))
+    grad_fn = jax.grad(make_measure(task, method), (0, 1), has_aux=True)
 
     def look(run: Run):
-        def loss_fn(factors, frozen):
-            model = nnx.merge(graph, factors, frozen)
-            return loss_and_accuracy(model, take_batch(run, data))[0]
-
-        grads, full = jax.grad(loss_fn, (0, 1))(run.trainable, run.frozen)
+        batch = take_batch(run, task)
+        (grads, full), _ = grad_fn(run.trainable, run.frozen, batch)
         factors, full = dict(_by_path(run.trainable)), dict(_by_path(full))
         pairs = find_pairs(run.trainable)
 

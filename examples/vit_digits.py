@@ -6,39 +6,24 @@ with other labels.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from examples.training import Data, Task
+
 SIDE, PATCH, CLASSES = 8, 2, 10
-
-
-class Data(NamedTuple):
-    """Images `(n, 8, 8)` in [0, 1], float32, and labels `(n,)`."""
-
-    images: jax.Array
-    labels: jax.Array
-
-
-class Split(NamedTuple):
-    """Training data, data to choose a learning rate by, and data to report."""
-
-    train: Data
-    validation: Data
-    test: Data
 
 
 class Block(nnx.Module):
     """Pre-norm attention and MLP. `linear` makes all six of its layers."""
 
-    def __init__(self, width: int, heads: int, linear, rngs: nnx.Rngs):
-        self.heads = heads
+    def __init__(self, width: int, heads: int, linear, rngs: nnx.Rngs, causal=False):
+        self.heads, self.causal = heads, causal
         self.norm_attention = nnx.LayerNorm(width, rngs=rngs)
         self.norm_mlp = nnx.LayerNorm(width, rngs=rngs)
         self.query = linear(width, width, rngs=rngs)
@@ -51,9 +36,8 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # noqa: D102
         y = self.norm_attention(x)
         split = lambda z: z.reshape(*z.shape[:-1], self.heads, -1)
-        y = jax.nn.dot_product_attention(
-            split(self.query(y)), split(self.key(y)), split(self.value(y))
-        )
+        projected = split(self.query(y)), split(self.key(y)), split(self.value(y))
+        y = jax.nn.dot_product_attention(*projected, is_causal=self.causal)
         x = x + self.out(y.reshape(x.shape))
         return x + self.down(nnx.gelu(self.up(self.norm_mlp(x))))
 
@@ -87,11 +71,16 @@ class ViT(nnx.Module):
         return self.head(self.norm(self.blocks(x)).mean(axis=1))
 
 
-def load_tasks(seed: int = 0) -> tuple[Split, Split]:
+def new_vit(rank: int | None, seed: jax.typing.ArrayLike) -> ViT:
+    """The model of both tasks."""
+    return ViT(nnx.Rngs(jax.random.key(seed)), rank=rank)
+
+
+def load_tasks(seed: int = 0) -> tuple[Task, Task]:
     """The digits upright, and shifted: inverted, rotated, relabelled.
 
-    Both tasks divide the 1797 images alike, so that the shifted test images are not
-    seen in pretraining either.
+    The inputs are images `(n, 8, 8)` in [0, 1]. Both tasks divide the 1797 images
+    alike, so that the shifted test images are not seen in pretraining either.
     """
     digits = load_digits()
     images = (digits.images / 16).astype(np.float32)
@@ -103,14 +92,10 @@ def load_tasks(seed: int = 0) -> tuple[Split, Split]:
     )
     new_labels = np.random.default_rng(seed).permutation(CLASSES)
     turned = np.rot90(1 - images, axes=(1, 2))
-    data = lambda x, y: Split(
-        *(Data(jnp.asarray(x[i]), jnp.asarray(y[i])) for i in (train, validation, test))
+    split = lambda x, y: (
+        Data(jnp.asarray(x[i]), jnp.asarray(y[i])) for i in (train, validation, test)
     )
-    return data(images, digits.target), data(turned, new_labels[digits.target])
-
-
-def loss_and_accuracy(model: ViT, data: Data) -> tuple[jax.Array, jax.Array]:
-    """Mean cross entropy in nats, and the share of right answers."""
-    logits = model(data.images)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels).mean()
-    return loss, (logits.argmax(-1) == data.labels).mean()
+    return (
+        Task("upright digits", new_vit, 64, *split(images, digits.target)),
+        Task("shifted digits", new_vit, 64, *split(turned, new_labels[digits.target])),
+    )
