@@ -10,9 +10,10 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from ._adam_state import ScaleByLoRAProAdamState, divide, join, split
-from ._adjust import Step, decompose, solve
+from ._adjust import Step, decompose
 from ._coefficients import Gauge
 from ._factors import PairArrays, in_compute_dtype
+from ._linalg import safe_norm
 from ._moments import Adam, DenseMoments, FactoredMoments, Projector
 from ._pairs import PairsSpec
 from ._scale import ScaleSpec
@@ -115,12 +116,11 @@ def scale_by_lorapro_adam(
         old, old_adam = split(updates, at, state, kind)
         pairs = [in_compute_dtype(x) for x in take_pairs(found, updates, params)]
 
-        spectra = decompose(pairs)
-        steps = solve(spectra, pairs, damping=damping, gauge="sylvester")
+        hyper = Adam(b1, b2, eps, optax.safe_increment(state.count))
+        project = Projector(decompose(pairs) if pairs else None, damping)
+        steps = project(pairs, [(pair.grad_a, pair.grad_b) for pair in pairs])
         if max_grad_norm is not None:
             steps, others = _clip(pairs, steps, others, max_grad_norm)
-        hyper = Adam(b1, b2, eps, optax.safe_increment(state.count))
-        project = Projector(spectra, damping)
         steps, new = kind.directions(pairs, steps, old, hyper, project, gauge)
         new = jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
 
@@ -144,9 +144,8 @@ def _clip(
     finite does not count, or it would reach all leaves through the norm.
     """
     norms = [norm(pair, *step) for pair, step in zip(pairs, steps, strict=True)]
-    norms += [jnp.linalg.norm(x.ravel()) for x in others.values()]
-    stack = jnp.stack([jnp.where(jnp.isfinite(x), x, 0) for x in norms])
-    total = jnp.linalg.norm(stack)
+    norms += [safe_norm(x) for x in others.values()]
+    total = safe_norm(jnp.stack([jnp.where(jnp.isfinite(x), x, 0) for x in norms]))
     factor = jnp.where(total > max_norm, max_norm / total, 1)
     steps = [(factor.astype(a.dtype) * a, factor.astype(b.dtype) * b) for a, b in steps]
     return steps, {i: factor.astype(x.dtype) * x for i, x in others.items()}

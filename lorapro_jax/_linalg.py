@@ -116,6 +116,12 @@ def reciprocal(x: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, 1 / jnp.where(zero, 1, x))
 
 
+def safe_norm(x: jax.Array) -> jax.Array:
+    """√Σx² over all entries, finite where the result is."""
+    unit = power_of_two(jnp.abs(x).max(initial=0))
+    return unit * jnp.sqrt(jnp.sum((x / unit) ** 2))
+
+
 def power_of_two(x: jax.Array) -> jax.Array:
     """The power of two just below `x`, to divide by without a rounding error.
 

@@ -49,11 +49,11 @@ class Projector(NamedTuple):
     """Projects gradients of W, given by their LoRA gradients, to steps (a, b).
 
     Attributes:
-      spectra: Of the present factors of all pairs.
+      spectra: Of the present factors of all pairs; None if there are none.
       damping: See `adjust`.
     """
 
-    spectra: Spectra
+    spectra: Spectra | None
     damping: ArrayLike
 
     def __call__(
@@ -63,6 +63,8 @@ class Projector(NamedTuple):
         gauge: Gauge = "sylvester",
     ) -> list[Step]:
         """The steps that are closest to gradients other than those in `pairs`."""
+        if self.spectra is None:
+            return []
         pairs = [
             pair._replace(grad_a=grad_a, grad_b=grad_b)
             for pair, (grad_a, grad_b) in zip(pairs, gradients, strict=True)
@@ -209,8 +211,10 @@ class FactoredMoments(NamedTuple):
         row = _unbiased(self.rows / n, adam.b2, adam.step) + floor
         column = _unbiased(self.columns / m, adam.b2, adam.step) + floor
         mean = row.mean((pair.b_axes.rank, *pair.b_axes.features(row.ndim)))
+        # Where V overflows the direction is 0, as it is in Adam.
+        root = jnp.where(jnp.isposinf(mean), 0, jnp.sqrt(mean))
         p = reciprocal(jnp.sqrt(row))
-        q = times(jnp.sqrt(mean), reciprocal(jnp.sqrt(column)), pair.a_axes)
+        q = times(root, reciprocal(jnp.sqrt(column)), pair.a_axes)
         return p, q
 
 

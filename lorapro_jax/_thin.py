@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from ._adjust import Step
 from ._factors import PairArrays, apply, contract, largest_entry, times
 from ._layout import FactorAxes
-from ._linalg import power_of_two
+from ._linalg import power_of_two, safe_norm
 
 
 def thin_gradients(
     pair: PairArrays, left: Sequence[jax.Array], right: Sequence[jax.Array]
 ) -> Step:
-    """S Bᵀ X and s X Aᵀ of a thin X = s Σ left_k right_k.
+    """LoRA's gradients s Bᵀ X and s X Aᵀ of a thin X = s Σ left_k right_k.
 
     Args:
       pair: The factors A and B.
@@ -55,9 +55,8 @@ def norm(pair: PairArrays, a: jax.Array, b: jax.Array) -> jax.Array:
     grams_a = [contract(x, y, pair.a_axes) for x in right for y in right]
     products = [x * y for x, y in zip(grams_b, grams_a, strict=True)]
     square = jnp.maximum(jnp.stack(products).sum((0, -2, -1)), 0)
-    norms = jnp.abs(jnp.asarray(pair.scale, square.dtype)) * unit * jnp.sqrt(square)
-    total: jax.Array = jnp.linalg.norm(norms.ravel())
-    return total
+    scale = jnp.abs(jnp.asarray(pair.scale, square.dtype))
+    return safe_norm(scale * unit * jnp.sqrt(square))
 
 
 def _row_sums(

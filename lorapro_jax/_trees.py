@@ -74,6 +74,8 @@ def take_pairs(
     Raises:
       ValueError: `params` is missing or does not match.
     """
+    if not found:
+        return []
     if params is None:
         raise ValueError(
             "LoRA-Pro needs the current factors: call "
