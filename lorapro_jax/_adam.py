@@ -1,20 +1,22 @@
 """`scale_by_lorapro_adam()`: Adam on the weights that LoRA factors stand for."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from ._adam_state import ScaleByLoRAProAdamState, divide, join, split
 from ._adjust import Step, decompose
 from ._coefficients import Gauge
+from ._dense import DenseMoments
+from ._factored import FactoredMoments
 from ._factors import PairArrays, in_compute_dtype
 from ._linalg import safe_norm
-from ._moments import Adam, DenseMoments, FactoredMoments, Projector
+from ._moments import Adam, Projector
 from ._pairs import PairsSpec
 from ._scale import ScaleSpec
 from ._thin import norm
@@ -23,6 +25,7 @@ from ._trees import (
     check_adjustment,
     check_choice,
     check_number,
+    check_positive,
     pair_finder,
     put_leaves,
     take_pairs,
@@ -83,9 +86,9 @@ def scale_by_lorapro_adam(
     check_choice("moments", moments, Moments)
     check_number("b1", b1, 0, 1)
     check_number("b2", b2, 0, 1)
-    check_number("eps", eps, 0, np.inf)
+    check_number("eps", eps, 0, math.inf)
     if max_grad_norm is not None:
-        check_number("max_grad_norm", max_grad_norm, 0, np.inf)
+        check_positive("max_grad_norm", max_grad_norm)
     find = pair_finder(
         scale=scale,
         alpha=alpha,
@@ -113,8 +116,8 @@ def scale_by_lorapro_adam(
         del extra_args
         found = find(updates)
         at, others = divide(found, updates)
-        old, old_adam = split(updates, at, state, kind)
         pairs = [in_compute_dtype(x) for x in take_pairs(found, updates, params)]
+        old, old_adam = split(updates, at, pairs, state, kind)
 
         hyper = Adam(b1, b2, eps, optax.safe_increment(state.count))
         project = Projector(decompose(pairs) if pairs else None, damping)

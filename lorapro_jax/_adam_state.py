@@ -7,9 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._layout import LoRAPair
-from ._moments import DenseMoments, FactoredMoments
+from ._dense import DenseMoments
+from ._factored import FactoredMoments
+from ._factors import PairArrays
+from ._layout import LoRAPair, Shape
+from ._paths import normalize_path
 from ._trees import positions
+
+_FOREIGN = (
+    "The optimizer state is not that of these gradients. Call `tx.init` with the "
+    "parameters that they were taken of, and with the same `moments=`."
+)
 
 Places = Sequence[tuple[int, int]]
 PairMoments = DenseMoments | FactoredMoments
@@ -81,30 +89,49 @@ def join(
 def split(
     tree: optax.Params,
     at: Places,
+    pairs: Sequence[PairArrays],
     state: ScaleByLoRAProAdamState,
     kind: type[PairMoments],
 ) -> tuple[list[Any], optax.ScaleByAdamState]:
-    """What `join` has joined."""
+    """What `join` has joined.
+
+    Raises:
+      ValueError: It was joined for another tree, or for moments of another kind.
+    """
     like: Any = jax.tree.structure(tree)
     try:
         mu, nu, factors = (like.flatten_up_to(x) for x in state[1:])
     except ValueError as error:
-        raise ValueError(
-            "The optimizer state is not that of these gradients. Call `tx.init` with "
-            f"the parameters that they were taken of. The first difference: {error}"
-        ) from None
+        raise ValueError(f"{_FOREIGN} The first difference: {error}") from None
     moments: list[Any] = []
-    for a, b in at:
+    for (a, b), pair in zip(at, pairs, strict=True):
         if kind is DenseMoments:
             moments.append(DenseMoments(mu[a], nu[a]))
         else:
             slots = (mu[a], mu[b], nu[a], nu[b], factors[a], factors[b])
             moments.append(FactoredMoments(*slots))
+        _check_shapes(tree, a, moments[-1], kind.shapes(pair))
     taken = {position for pair in at for position in pair}
+    leaves = jax.tree.leaves(tree)
     rest = [i for i in range(like.num_leaves) if i not in taken]
+    for i in rest:
+        _check_shapes(tree, i, (mu[i], nu[i]), 2 * [jnp.shape(leaves[i])])
     return moments, optax.ScaleByAdamState(
         state.count, {i: mu[i] for i in rest}, {i: nu[i] for i in rest}
     )
+
+
+def _check_shapes(
+    tree: optax.Params, position: int, arrays: Sequence[Any], shapes: Sequence[Shape]
+) -> None:
+    """Raises ValueError where the state of a leaf is not what its tree needs."""
+    found = [getattr(x, "shape", None) for x in arrays]
+    if found != list(shapes):
+        path, _ = jax.tree_util.tree_leaves_with_path(tree)[position]
+        raise ValueError(
+            f"{_FOREIGN} At `{normalize_path(path)}` it has shapes {found}, not "
+            f"{list(shapes)}."
+        )
 
 
 def _unflatten(like: Any, leaves: Mapping[int, Any]) -> Any:

@@ -21,10 +21,11 @@ from ._factors import (
     apply,
     contract,
     in_compute_dtype,
+    inner,
     largest_entry,
+    outer,
     times,
 )
-from ._layout import FactorAxes
 from ._linalg import (
     Eigh,
     eigh_psd,
@@ -128,34 +129,18 @@ def solve(
 
 def equivalent(pair: PairArrays, step_a: jax.Array, step_b: jax.Array) -> jax.Array:
     """J(a, b) = s (B a + b A): `(*batch, *features of b, *features of a)`."""
-    ranks = ((pair.b_axes.rank,), (pair.a_axes.rank,))
-    dims = (ranks, (pair.b_axes.batch, pair.a_axes.batch))
-
-    def product(b: jax.Array, a: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(b, a, dims, precision=jax.lax.Precision.HIGHEST)
-
-    moved = product(pair.b, step_a) + product(step_b, pair.a)
+    axes = pair.b_axes, pair.a_axes
+    moved = outer(pair.b, step_a, *axes) + outer(step_b, pair.a, *axes)
     return jnp.asarray(pair.scale, moved.dtype) * moved
 
 
 def lora_gradients(pair: PairArrays, x: jax.Array) -> Step:
     """Jᵀ X = (s Bᵀ X, s X Aᵀ), laid out like A and B, for an X like `equivalent`'s."""
-    count = len(pair.batch)
-    rows = len(pair.b_axes.features(pair.b.ndim))
-    x_rows = tuple(range(count, count + rows))
-    x_columns = tuple(range(count + rows, x.ndim))
-
-    def product(
-        factor: jax.Array, axes: FactorAxes, over: tuple[int, ...], like: FactorAxes
-    ) -> jax.Array:
-        dims = ((axes.features(factor.ndim), over), (axes.batch, tuple(range(count))))
-        y = jax.lax.dot_general(factor, x, dims, precision=jax.lax.Precision.HIGHEST)
-        # `y` has the batch axes, the rank and the other factor's features.
-        order = (*like.batch, like.rank, *like.features(y.ndim))
-        return y.transpose(np.argsort(order))
-
-    grad_a = product(pair.b, pair.b_axes, x_rows, pair.a_axes)
-    grad_b = product(pair.a, pair.a_axes, x_columns, pair.b_axes)
+    first = len(pair.batch)
+    middle = first + len(pair.b_axes.features(pair.b.ndim))
+    rows, columns = tuple(range(first, middle)), tuple(range(middle, x.ndim))
+    grad_a = inner(pair.b, x, pair.b_axes, rows, pair.a, pair.a_axes)
+    grad_b = inner(pair.a, x, pair.a_axes, columns, pair.b, pair.b_axes)
     scale = jnp.asarray(pair.scale, x.dtype)
     return scale * grad_a, scale * grad_b
 

@@ -114,6 +114,59 @@ def apply(matrix: jax.Array, x: jax.Array, axes: FactorAxes) -> jax.Array:
     return result.transpose(np.argsort(order))
 
 
+def outer(
+    b: jax.Array, a: jax.Array, b_axes: FactorAxes, a_axes: FactorAxes
+) -> jax.Array:
+    """`B A` of factors alike: `(*batch, *features of b, *features of a)`."""
+    at_b, at_a = b_axes.features(b.ndim), a_axes.features(a.ndim)
+    sharding = _explicit_sharding(b, (*b_axes.batch, *at_b))
+    if sharding:  # one mesh axis cannot shard two axes of the result
+        used = set(jax.tree.leaves(tuple(sharding.spec)))
+        of_a = _explicit_sharding(a, at_a).spec  # type: ignore[union-attr]
+        free = (None if used & set(jax.tree.leaves(x)) else x for x in of_a)
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, *free))
+    return jax.lax.dot_general(
+        b,
+        a,
+        (((b_axes.rank,), (a_axes.rank,)), (b_axes.batch, a_axes.batch)),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=sharding,
+    )
+
+
+def inner(
+    factor: jax.Array,
+    x: jax.Array,
+    axes: FactorAxes,
+    over: tuple[int, ...],
+    like: jax.Array,
+    like_axes: FactorAxes,
+) -> jax.Array:
+    """A factor's product with an `outer` over its own features.
+
+    Args:
+      factor: A or B.
+      x: `(*batch, *features of b, *features of a)`.
+      axes: Of the factor.
+      over: The axes of `x` with the features of the factor.
+      like: The other factor: the result is laid out and sharded like it.
+      like_axes: Of the other factor.
+    """
+    dims = (
+        (axes.features(factor.ndim), over),
+        (axes.batch, tuple(range(len(axes.batch)))),
+    )
+    order = (*like_axes.batch, like_axes.rank, *like_axes.features(like.ndim))
+    result = jax.lax.dot_general(
+        factor,
+        x,
+        dims,
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=_explicit_sharding(like, order),
+    )
+    return result.transpose(np.argsort(order))
+
+
 def _explicit_sharding(x: jax.Array, axes: tuple[int, ...]) -> NamedSharding | None:
     """The sharding of these axes of `x` on an explicit mesh; None without one.
 

@@ -39,24 +39,36 @@ def energies(pair: PairArrays, a: jax.Array, b: jax.Array) -> Step:
     Returns:
       The rows, like B, and the columns, like A, with a rank axis of size 1.
     """
-    rows = _row_sums((pair.b, b), (a, pair.a), pair.b_axes, pair.a_axes)
-    columns = _row_sums((a, pair.a), (pair.b, b), pair.a_axes, pair.b_axes)
-    square = jnp.asarray(pair.scale, rows.dtype) ** 2
-    return square * rows, square * columns
+    unit, e = _in_units(pair, a, b)
+    (x, y), (z, w) = (e.b, e.grad_b), (e.grad_a, e.a)
+    rows = _row_sums((x, y), (z, w), pair.b_axes, pair.a_axes)
+    columns = _row_sums((z, w), (x, y), pair.a_axes, pair.b_axes)
+    square = (jnp.asarray(pair.scale, unit.dtype) * unit) ** 2
+    return times(square, rows, pair.b_axes), times(square, columns, pair.a_axes)
 
 
 def norm(pair: PairArrays, a: jax.Array, b: jax.Array) -> jax.Array:
     """‖E‖ over all layers of a pair, a scalar, for E = s (B a + b A)."""
-    # In units of the larger step its square does not overflow where it does not.
-    unit = power_of_two(largest_entry(pair._replace(a=a, b=b)))
-    a, b = times(1 / unit, a, pair.a_axes), times(1 / unit, b, pair.b_axes)
-    left, right = (pair.b, b), (a, pair.a)
+    unit, e = _in_units(pair, a, b)
+    left, right = (e.b, e.grad_b), (e.grad_a, e.a)
     grams_b = [contract(x, y, pair.b_axes) for x in left for y in left]
     grams_a = [contract(x, y, pair.a_axes) for x in right for y in right]
     products = [x * y for x, y in zip(grams_b, grams_a, strict=True)]
     square = jnp.maximum(jnp.stack(products).sum((0, -2, -1)), 0)
     scale = jnp.abs(jnp.asarray(pair.scale, square.dtype))
     return safe_norm(scale * unit * jnp.sqrt(square))
+
+
+def _in_units(
+    pair: PairArrays, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, PairArrays]:
+    """A power of two, `(*batch)`, and the pair with the steps in its units.
+
+    Squares of those do not overflow in between.
+    """
+    unit = power_of_two(largest_entry(pair._replace(a=a, b=b)))
+    a, b = times(1 / unit, a, pair.a_axes), times(1 / unit, b, pair.b_axes)
+    return unit, pair._replace(grad_a=a, grad_b=b)
 
 
 def _row_sums(

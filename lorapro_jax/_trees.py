@@ -123,6 +123,12 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"`{name}={value!r}` has to be in [{low:g}, {high:g}).")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raises ValueError where a number is known and not above 0."""
+    if not is_traced(value) and not (is_real_scalar(value) and value > 0):
+        raise ValueError(f"`{name}={value!r}` has to be a number above 0.")
+
+
 def check_adjustment(gauge: Any, damping: Any) -> None:
     """Raises ValueError for a gauge that is none, or a damping below 0."""
     check_choice("gauge", gauge, Gauge)
