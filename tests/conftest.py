@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices for the mesh tests; float64 on demand."""
+"""Eight simulated CPU devices; float64 and quick compilation on demand."""
 
 import chex
 import jax
@@ -13,3 +13,11 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def quick_compiles():
+    """For programs that run for an instant: without LLVM's optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

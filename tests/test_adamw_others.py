@@ -1,0 +1,85 @@
+"""Decay and masks, and that the leaves that are no factors are AdamW's."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from adamw_runs import MOMENTS
+from test_optax_contract import make_params
+
+from lorapro_jax import lorapro_adamw
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+RATE = 0.02
+
+
+def make(moments, learning_rate=RATE, **options):
+    options = {"damping": 0.01, "scale": 1.5, "weight_decay": 0.1, **options}
+    return lorapro_adamw(learning_rate, moments=moments, **options)
+
+
+def others(tree):
+    """The leaves that are no factors."""
+    return {"norm": tree["norm"], "head": {"bias": tree["head"]["bias"]}}
+
+
+def as_masks(tree):
+    """What Optax accepts: a tree or a prefix of it, or a function."""
+    return {
+        "prefix": {"layers": False, "head": True, "norm": False},
+        "function": lambda tree: jax.tree.map(lambda x: x.ndim != 1, tree),
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize("form", ["none", "prefix", "function"])
+def test_other_leaves_are_bit_equal_to_adamw_with_decay_and_mask(form):
+    """And factors that the mask leaves out do not decay."""
+    jax.config.update("jax_disable_most_optimizations", False)  # as users have it
+    params = make_params()
+    mask, hyper = as_masks(params)[form], {"b1": 0.8, "b2": 0.95, "eps": 1e-6}
+    moments = "factored" if form == "function" else "dense"
+    tx = make(moments, **hyper, mask=mask)
+    other_mask = mask
+    if form == "prefix":
+        broad = jax.tree.map(lambda m, p: jax.tree.map(lambda _: m, p), mask, params)
+        other_mask = others(broad)
+    adamw = optax.adamw(RATE, **hyper, weight_decay=0.1, mask=other_mask)
+    update, plain = jax.jit(tx.update), jax.jit(adamw.update)
+    state, plain_state = tx.init(params), adamw.init(others(params))
+    for seed in range(3):
+        grads = make_params(seed=seed + 5)
+
+        updates, state = update(grads, state, params)
+
+        expected, plain_state = plain(others(grads), plain_state, others(params))
+        chex.assert_trees_all_equal(others(updates), expected)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = update(zeros, tx.init(params), params)  # nothing but the decay
+    decay = {"layers": 0.0 if form == "prefix" else np.sqrt(1 - 0.1 * RATE) - 1}
+    decay["head"] = np.sqrt(1 - 0.1 * RATE) - 1
+    for name, factor in decay.items():
+        for factor_name in ("lora_a", "lora_b"):
+            x, moved = params[name][factor_name], updates[name][factor_name]
+            # The root is taken in float32, of 0.998.
+            np.testing.assert_allclose(moved, factor * x, rtol=1e-3)
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_other_leaves_in_bfloat16_get_float32_moments(moments):
+    """The step of AdamW on the same numbers in float32, rounded."""
+    params, grads = make_params(jnp.bfloat16), make_params(jnp.bfloat16, seed=3)
+    tx, adamw = make(moments), optax.adamw(RATE, weight_decay=0.1)
+
+    updates, state = tx.update(grads, tx.init(params), params)
+
+    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), others(tree))
+    expected, _ = adamw.update(wide(grads), adamw.init(wide(params)), wide(params))
+    chex.assert_trees_all_close(
+        wide(updates), expected, rtol=2 * float(jnp.finfo(jnp.bfloat16).eps)
+    )
+    assert state[0].nu["norm"].dtype == jnp.float32
