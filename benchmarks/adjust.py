@@ -1,10 +1,11 @@
-"""What `lorapro()` costs: time, memory, compilation, beside AdamW and the paper.
+"""What LoRA-Pro costs: time, memory, compilation, beside AdamW and the paper.
 
 For the adapter trees of whole models, at several ranks, one run measures
 
 * `lorapro`: the adjustment alone, from gradients and factors to new arrays;
 * `adamw`: a step of `optax.adamw` with donated parameters and state;
 * `lorapro + adamw`: a step of the two chained, donated likewise;
+* `lorapro_adamw`: a step of it with factored moments, donated likewise;
 * `literal`: the paper's formula with its m×m projector (`literal.py`), at rank 8.
   **Extrapolated**: one pair of each distinct shape is timed, and multiplied by the
   number of pairs of that shape. Its memory is that of the largest single pair.
@@ -36,7 +37,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lorapro_jax import lorapro
+from lorapro_jax import lorapro, lorapro_adamw
 
 from .literal import check, literal, reference
 from .measure import Contender, copy_bandwidth, machine, tree_bytes
@@ -115,9 +116,13 @@ def run_case(
     adamw = _stepping("adamw", optax.adamw(1e-4), params, grads)
     chain = optax.chain(lorapro(SCALE, damping=DAMPING), optax.adamw(1e-4))
     chained = _stepping("lorapro + adamw", chain, params, grads)
+    factored = _stepping(
+        "lorapro_adamw", lorapro_adamw(1e-4, scale=SCALE), params, grads
+    )
     literals = _literals(tree, rank) if with_literal and rank == LITERAL_RANK else []
 
-    contenders = [adjusting, adamw, chained, *literals]
+    steps = [adjusting, adamw, chained, factored]
+    contenders = steps + literals
     for contender in contenders:
         contender.run()  # warm-up
     rng = np.random.default_rng(0)
@@ -128,7 +133,7 @@ def run_case(
     size = tree_bytes(params)
     case = {"tree": tree, "rank": rank, "pairs": len([*weights(tree)])}
     case |= {"factor_bytes": size, "relative_error": error}
-    for contender in contenders[:3]:
+    for contender in steps:
         yield case | _row([contender], contenders, size)
     if literals:
         note = f"extrapolated from one pair of each of {len(literals)} shapes"
@@ -183,7 +188,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def main() -> None:
     """Runs the cases asked for, prints the table and writes the JSON."""
-    parser = argparse.ArgumentParser(description="What lorapro() costs.")
+    parser = argparse.ArgumentParser(description="What LoRA-Pro costs.")
     parser.add_argument("--quick", action="store_true", help="ViT-B/16 at rank 8 only")
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
