@@ -71,7 +71,10 @@ def lorapro_adamw(
         factor of a pair decays the product half as much.
       moments: `"factored"` or `"dense"`.
       gauge: How the direction is divided between A and B; see `lorapro`.
-      damping: Levenberg-Marquardt damping, as in `lorapro`, of all adjustments. TODO
+      damping: Levenberg-Marquardt damping, as in `lorapro`, of E and of the direction
+        (the first moment is carried without). Much less than there is enough, because
+        Adam bounds the direction; 0.01 makes the steps shorter at full fine-tuning's
+        learning rates, see `benchmarks/NOTES.md`. 0 is the paper exactly.
       max_grad_norm: Clips the equivalent gradients and the gradients of other leaves
         by their common norm, which is what clipping by the global norm would see in
         full fine-tuning, as far as the factors can follow. A gradient that is not
