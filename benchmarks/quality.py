@@ -1,8 +1,11 @@
 """What is lost by LoRA, and how much of it does each method bring back?
 
-    python -m benchmarks.quality            # 40 minutes on two cores
+    python -m benchmarks.quality            # 60 minutes on two cores
     python -m benchmarks.quality --quick    # 2 minutes: a smoke test
     python -m benchmarks.quality --tasks prose --methods full LoRA --ranks 4 --output F
+
+A task keeps one core busy, so that two processes with a task each take half the time;
+`benchmarks.quality_report` makes one of their files.
 
 Two tasks that need no download: a vision transformer on shifted digits, and a
 byte-level language model that goes from Python source to English prose. Each method
@@ -215,7 +218,7 @@ def main():
     args = parse()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     begun = time.time()
-    record = {"machine": machine(), "seeds": args.seeds, "minutes": 0.0, "tasks": {}}
+    record: dict[str, Any] = {"machine": machine(), "minutes": 0.0, "tasks": {}}
 
     def save(task, result):
         record["tasks"][task] = result

@@ -1,6 +1,7 @@
 """What the results of `benchmarks.quality` say: figures, tables and a picture.
 
     python -m benchmarks.quality_report benchmarks/results/quality.json
+    python -m benchmarks.quality_report DIGITS.json PROSE.json --output BOTH.json
 
 A run's losses are means over seeds; ± is the standard deviation between seeds. The
 good range of a method is where the validation loss is within 5 % of its best, by
@@ -157,7 +158,8 @@ def summarise(rows: list[Row]) -> list[dict[str, Any]]:
 def print_tables(name, result, console):
     """A table for each rank."""
     for rank, rows in itertools.groupby(result["summary"], lambda row: row["rank"]):
-        print_table(f"{name}, rank {rank}, {result['steps']} steps", rows, console)
+        title = f"{name}, rank {rank}, {result['steps']} steps, {result['seeds']} seeds"
+        print_table(title, rows, console)
 
 
 def print_table(title, rows, console):
@@ -236,6 +238,7 @@ def report(path: Path, console: Console) -> None:
     record = json.loads(path.read_text())
     for name, result in record["tasks"].items():
         result["summary"] = summarise(result["rows"])
+        result["seeds"] = len(result["rows"][0]["runs"][0]["test_loss"])
         print_tables(name, result, console)
     path.write_text(json.dumps(record) + "\n")
     save_picture(record["tasks"], path.with_suffix(".png"))
@@ -243,10 +246,19 @@ def report(path: Path, console: Console) -> None:
 
 
 def main():
-    """Makes the report of a file anew."""
+    """Makes the report of a file anew, or of the tasks of several as one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path)
-    report(parser.parse_args().path, Console(width=120))
+    parser.add_argument("paths", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, help="for the tasks of all paths")
+    args = parser.parse_args()
+    records = [json.loads(path.read_text()) for path in args.paths]
+    merged = records[0]
+    for record in records[1:]:
+        merged["minutes"] += record["minutes"]
+        merged["tasks"] |= record["tasks"]
+    output = args.output or args.paths[0]
+    output.write_text(json.dumps(merged) + "\n")
+    report(output, Console(width=120))
 
 
 if __name__ == "__main__":
