@@ -110,7 +110,8 @@ class Sweeper(NamedTuple):
 
     def capped(self, loss) -> np.ndarray:
         """Chance level for a run that has diverged: worse is not more informative."""
-        return np.fmin(loss, math.log(self.setting.classes)).round(5)
+        loss = np.fmin(loss, math.log(self.setting.classes))
+        return np.asarray(loss, np.float64).round(5)
 
     def measure(self, method: Method, title: str) -> dict[str, Any]:
         """All rates and seeds of a method; `runs` has an entry for each rate."""

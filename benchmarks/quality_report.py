@@ -254,7 +254,7 @@ def main():
     records = [json.loads(path.read_text()) for path in args.paths]
     merged = records[0]
     for record in records[1:]:
-        merged["minutes"] += record["minutes"]
+        merged["minutes"] = round(merged["minutes"] + record["minutes"], 1)
         merged["tasks"] |= record["tasks"]
     output = args.output or args.paths[0]
     output.write_text(json.dumps(merged) + "\n")
