@@ -1,7 +1,7 @@
 """What the results of `benchmarks.quality` say: figures, tables and a picture.
 
     python -m benchmarks.quality_report benchmarks/results/quality.json
-    python -m benchmarks.quality_report DIGITS.json PROSE.json --output BOTH.json
+    python -m benchmarks.quality_report FIRST.json SECOND.json --output BOTH.json
 
 A run's losses are means over seeds; ± is the standard deviation between seeds. The
 good range of a method is where the validation loss is within 5 % of its best, by
@@ -245,17 +245,25 @@ def report(path: Path, console: Console) -> None:
     console.print(f"{record['minutes']} minutes; {path}, and the picture beside it")
 
 
-def main():
-    """Makes the report of a file anew, or of the tasks of several as one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("paths", type=Path, nargs="+")
-    parser.add_argument("--output", type=Path, help="for the tasks of all paths")
-    args = parser.parse_args()
-    records = [json.loads(path.read_text()) for path in args.paths]
+def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tasks and methods of all; of a method that occurs twice, the later."""
     merged = records[0]
     for record in records[1:]:
         merged["minutes"] = round(merged["minutes"] + record["minutes"], 1)
-        merged["tasks"] |= record["tasks"]
+        for name, result in record["tasks"].items():
+            old = merged["tasks"].setdefault(name, result)["rows"]
+            rows = {(row["method"], row["rank"]): row for row in old + result["rows"]}
+            merged["tasks"][name]["rows"] = list(rows.values())
+    return merged
+
+
+def main():
+    """Makes the report of a file anew, or of several as one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("paths", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, help="for several paths")
+    args = parser.parse_args()
+    merged = merge([json.loads(path.read_text()) for path in args.paths])
     output = args.output or args.paths[0]
     output.write_text(json.dumps(merged) + "\n")
     report(output, Console(width=120))

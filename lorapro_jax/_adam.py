@@ -24,6 +24,7 @@ from ._trees import (
     OnNoPairs,
     check_adjustment,
     check_choice,
+    check_concrete,
     check_number,
     check_positive,
     pair_finder,
@@ -33,7 +34,7 @@ from ._trees import (
 
 Moments: TypeAlias = Literal["factored", "dense"]
 
-DEFAULT_ADAM_DAMPING = 1e-4
+DEFAULT_ADAM_DAMPING = 0.01
 
 
 def scale_by_lorapro_adam(
@@ -55,9 +56,10 @@ def scale_by_lorapro_adam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam's direction in the space of the weights, brought back to the factors.
 
-    See `lorapro_adamw`, which adds the learning rate and the weight decay. Chain it
-    with `optax.scale_by_learning_rate`, and with a transform that acts on the
-    finished direction if you need one.
+    See `lorapro_adamw`, which adds the learning rate and the weight decay. Like
+    `optax.scale_by_adam`, it does not turn the sign: chain it with
+    `optax.scale_by_learning_rate`. `optax.add_decayed_weights` behind it decays A and
+    B each, and so the product twice.
 
     Args:
       b1: Decay of the first moment.
@@ -77,7 +79,7 @@ def scale_by_lorapro_adam(
 
     Returns:
       A `GradientTransformationExtraArgs` with a `ScaleByLoRAProAdamState`; `update`
-      needs `params` and returns each leaf in its own dtype.
+      needs `params` and returns each leaf in the wider dtype of gradient and parameter.
 
     Raises:
       ValueError: As `lorapro_adamw`.
@@ -102,6 +104,7 @@ def scale_by_lorapro_adam(
 
     def init_fn(params: optax.Params) -> ScaleByLoRAProAdamState:
         found = find(params)
+        check_concrete(params)
         at, others = divide(found, params)
         arrays = take_pairs(found, params, params)
         new = [kind.init(pair, mu_dtype) for pair in arrays]
@@ -130,7 +133,7 @@ def scale_by_lorapro_adam(
         leaves, new_adam = adam.update(others, old_adam)
         for places, step in zip(at, steps, strict=True):
             leaves.update(zip(places, step, strict=True))
-        return put_leaves(updates, leaves), join(updates, at, new, new_adam)
+        return put_leaves(updates, leaves, params), join(updates, at, new, new_adam)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

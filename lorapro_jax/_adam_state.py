@@ -37,8 +37,10 @@ class ScaleByLoRAProAdamState(NamedTuple):
       factors: Factored: at A and B what they were at the last step, in their own
         dtype; nothing elsewhere, and nothing at all if dense.
 
-    Where there is nothing there is an `optax.MaskedNode()`. Leaves that are no factor
-    have Adam's moments. Moments are float32, or float64 for float64 parameters.
+    Where there is nothing there is an `optax.MaskedNode()`, which `tree_map_params`
+    with a second tree has to be told: `is_leaf=lambda x: isinstance(x, MaskedNode)`.
+    Leaves that are no factor have Adam's moments. Moments are float32, or float64 for
+    a pair with a float64 factor and for other float64 leaves.
     """
 
     count: jax.Array  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """`lorapro_adamw()`: the direction of `_adam`, a learning rate and weight decay."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from ._coefficients import Gauge
 from ._descent import descend
 from ._pairs import PairsSpec
 from ._scale import ScaleSpec
-from ._trees import OnNoPairs, pair_finder
+from ._trees import OnNoPairs, check_number, pair_finder
 
 
 def lorapro_adamw(
@@ -41,7 +42,8 @@ def lorapro_adamw(
     W's gradient that the factors can follow, and Adam's direction D for W is then
     brought back to the factors, as the step whose effect on W is closest to D. Its
     learning rates are therefore near those of full fine-tuning, and do not depend on
-    s or on how B A is split. Leaves that are no factor get plain AdamW.
+    s or, up to the damping, on how B A is split. Leaves that are no factor get plain
+    AdamW. Unlike `optax.adamw`, it does not decay by default.
 
     The moments are of one of two kinds:
 
@@ -57,7 +59,8 @@ def lorapro_adamw(
     LoRA trains: A and B each become √(1 - lr·λ) times what they were. The paper
     also decays the frozen W0; a LoRA optimizer cannot.
 
-    On CPU keep to one `lorapro_adamw()` in a program; see `lorapro`.
+    As for `lorapro`, both gradients of a pair have to come from one G, and on CPU
+    keep to one `lorapro_adamw()` in a program.
 
     Args:
       learning_rate: A number or an Optax schedule.
@@ -65,16 +68,17 @@ def lorapro_adamw(
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment; with factored moments ε² is added
         under the root.
-      weight_decay: λ.
+      weight_decay: λ, at least 0.
       mask: Which leaves decay: a tree of bools, a prefix of the parameters' tree, or
         a function from the parameters to one; None for all. A mask that names one
-        factor of a pair decays the product half as much.
+        factor of a pair decays the product half as much. Under
+        `optax.inject_hyperparams`, name a function in `static_args`.
       moments: `"factored"` or `"dense"`.
       gauge: How the direction is divided between A and B; see `lorapro`.
       damping: Levenberg-Marquardt damping, as in `lorapro`, of E and of the direction
-        (the first moment is carried without). Much less than there is enough, because
-        Adam bounds the direction; 0.01 makes the steps shorter at full fine-tuning's
-        learning rates, see `benchmarks/NOTES.md`. 0 is the paper exactly.
+        (the first moment is carried without). Less than there is enough, because Adam
+        bounds the direction, and more shortens the steps at low learning rates; see
+        `benchmarks/NOTES.md`. 0 with dense moments is the paper exactly.
       max_grad_norm: Clips the equivalent gradients and the gradients of other leaves
         by their common norm, which is what clipping by the global norm would see in
         full fine-tuning, as far as the factors can follow. A gradient that is not
@@ -92,7 +96,8 @@ def lorapro_adamw(
     Returns:
       A `GradientTransformationExtraArgs`; the first part of its state is a
       `ScaleByLoRAProAdamState`. `update` needs `params`, computes in float32 (float64
-      where a leaf is float64) and returns each leaf in its own dtype.
+      where a leaf is float64) and returns each leaf in the wider dtype of gradient and
+      parameter. A gradient that is not finite spoils its own pair only.
 
     Raises:
       ValueError: For options out of range, and everything that `lorapro` raises.
@@ -115,6 +120,7 @@ def lorapro_adamw(
     """
     if pairs is not None and not callable(pairs):
         pairs = tuple(pairs)  # a generator could be read only once
+    check_number("weight_decay", weight_decay, 0, math.inf)
     where: dict[str, Any] = {
         "scale": scale,
         "alpha": alpha,

@@ -28,6 +28,8 @@ def descend(
         function from the parameters to one; None for all.
       find: From a tree to its pairs.
     """
+    # Here, because under a trace even a concrete array compares to a tracer.
+    decaying = is_traced(weight_decay) or bool(weight_decay != 0)
 
     def init_fn(params: optax.Params) -> optax.OptState:
         _which(mask, params)  # a wrong mask should fail here
@@ -48,7 +50,7 @@ def descend(
             state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
         structure: Any = jax.tree.structure(updates)
         directions = structure.flatten_up_to(updates)
-        if is_traced(weight_decay) or weight_decay != 0:
+        if decaying:
             decays = structure.flatten_up_to(_which(mask, params))
             weights = structure.flatten_up_to(params)
             factors = {i for pair in positions(find(updates), updates) for i in pair}

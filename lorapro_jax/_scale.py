@@ -93,7 +93,9 @@ def _checked(number: Any, pair: LoRAPair, name: str) -> jax.Array | float:
             f"The {name} of `{pair.a}` is {number!r}; it has to be one real number."
         )
     smallest, largest = (float(x) for x in (_FLOAT32.tiny, _FLOAT32.max))
-    if not smallest <= abs(number) <= largest:  # also when it is NaN
+    # In NumPy, because under a trace even a concrete array compares to a tracer.
+    known = np.asarray(number) if isinstance(number, jax.Array) else number
+    if not smallest <= abs(known) <= largest:  # also when it is NaN
         raise ValueError(
             f"The {name} of `{pair.a}` is {number}. LoRA's s in W0 + s·B·A has to be a "
             "number other than 0 that float32 can hold: adjusting divides by it."

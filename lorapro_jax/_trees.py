@@ -91,12 +91,32 @@ def positions(found: Sequence[LoRAPair], tree: optax.Params) -> list[tuple[int, 
     return [(index[pair.a].position, index[pair.b].position) for pair in found]
 
 
-def put_leaves(updates: optax.Updates, new: Mapping[int, jax.Array]) -> optax.Updates:
-    """`updates` with new leaves at some positions, each in the old one's dtype."""
-    leaves, structure = jax.tree.flatten(updates)
+def put_leaves(
+    updates: optax.Updates,
+    new: Mapping[int, jax.Array],
+    params: optax.Params | None = None,
+) -> optax.Updates:
+    """`updates` with new leaves at some positions, each in the old one's dtype.
+
+    Or, given `params`, in the wider one of both.
+    """
+    leaves = jax.tree.leaves(updates)
+    structure: Any = jax.tree.structure(updates)
+    like = leaves if params is None else structure.flatten_up_to(params)
     for position, x in new.items():
-        leaves[position] = cast_to(x, jnp.asarray(leaves[position]).dtype)
+        both = jnp.asarray(leaves[position]), jnp.asarray(like[position])
+        leaves[position] = cast_to(x, jnp.promote_types(*(y.dtype for y in both)))
     return jax.tree.unflatten(structure, leaves)
+
+
+def check_concrete(params: optax.Params) -> None:
+    """Raises ValueError where a parameter is a shape without values."""
+    for path, leaf in index_leaves(params).items():
+        if isinstance(leaf.value, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"`{path}` is a `jax.ShapeDtypeStruct`; the state holds the factors "
+                "themselves. For a state of shapes, `jax.eval_shape(tx.init, params)`."
+            )
 
 
 def cast_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -41,6 +41,22 @@ def test_bad_stack_axis_of_inject_hyperparams_says_static_args():
         tx.init(make_params())
 
 
+@pytest.mark.parametrize("decay", [-0.1, float("nan")])
+def test_bad_weight_decay_is_named_at_construction(decay):
+    with pytest.raises(ValueError, match="weight_decay"):
+        lorapro_adamw(1e-3, weight_decay=decay)
+
+
+def test_init_on_shapes_says_how_to_get_a_state_of_shapes():
+    params = make_params()
+    tx = lorapro_adamw(1e-3)
+
+    with pytest.raises(ValueError, match="eval_shape"):
+        tx.init(jax.eval_shape(lambda: params))
+
+    assert jax.eval_shape(tx.init, params)  # that way works
+
+
 @pytest.mark.parametrize("moments", MOMENTS)
 class TestTrees:
     """Errors of `init` and `update`, also under jit."""

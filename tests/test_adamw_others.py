@@ -83,3 +83,25 @@ def test_other_leaves_in_bfloat16_get_float32_moments(moments):
         wide(updates), expected, rtol=2 * float(jnp.finfo(jnp.bfloat16).eps)
     )
     assert state[0].nu["norm"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("option", ["weight_decay", "scale", "alpha", "damping", "eps"])
+def test_options_may_be_concrete_arrays_under_jit(option):
+    """A trace turns comparisons of these into tracers."""
+    params = make_params()
+    updates = []
+    for number in (0.1, jnp.float32(0.1)):
+        tx = lorapro_adamw(RATE, **{option: number})
+        updates.append(jax.jit(tx.update)(params, tx.init(params), params)[0])
+    chex.assert_trees_all_close(*updates, rtol=1e-5)
+
+
+def test_updates_are_as_wide_as_the_parameters():
+    """bfloat16 gradients of float32 parameters: the step is not rounded to 8 bits."""
+    params, tx = make_params(), lorapro_adamw(RATE)
+    grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+
+    chex.assert_trees_all_equal_dtypes(updates, params)
+    assert float(updates["norm"][0].astype(jnp.bfloat16)) != float(updates["norm"][0])
