@@ -1,10 +1,10 @@
 """What is lost by LoRA, and how much of it does each method bring back?
 
-    python -m benchmarks.quality            # 60 minutes on two cores
+    python -m benchmarks.quality            # an hour or more on two cores
     python -m benchmarks.quality --quick    # 2 minutes: a smoke test
     python -m benchmarks.quality --tasks prose --methods full LoRA --ranks 4 --output F
 
-A task keeps one core busy, so that two processes with a task each take half the time;
+A task keeps one core busy, so run a process for each: side by side, they took an hour;
 `benchmarks.quality_report` makes one of their files.
 
 Two tasks that need no download: a vision transformer on shifted digits, and a

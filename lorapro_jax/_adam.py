@@ -22,6 +22,7 @@ from ._scale import ScaleSpec
 from ._thin import norm
 from ._trees import (
     OnNoPairs,
+    by_position,
     check_adjustment,
     check_choice,
     check_concrete,
@@ -120,7 +121,7 @@ def scale_by_lorapro_adam(
         found = find(updates)
         at, others = divide(found, updates)
         pairs = [in_compute_dtype(x) for x in take_pairs(found, updates, params)]
-        old, old_adam = split(updates, at, pairs, state, kind)
+        old, old_adam = split(updates, at, pairs, others, state, kind)
 
         hyper = Adam(b1, b2, eps, optax.safe_increment(state.count))
         project = Projector(decompose(pairs) if pairs else None, damping)
@@ -131,8 +132,7 @@ def scale_by_lorapro_adam(
         new = jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
 
         leaves, new_adam = adam.update(others, old_adam)
-        for places, step in zip(at, steps, strict=True):
-            leaves.update(zip(places, step, strict=True))
+        leaves |= by_position(at, steps)
         return put_leaves(updates, leaves, params), join(updates, at, new, new_adam)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

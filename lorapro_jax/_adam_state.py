@@ -92,6 +92,7 @@ def split(
     tree: optax.Params,
     at: Places,
     pairs: Sequence[PairArrays],
+    others: Mapping[int, jax.Array],
     state: ScaleByLoRAProAdamState,
     kind: type[PairMoments],
 ) -> tuple[list[Any], optax.ScaleByAdamState]:
@@ -113,13 +114,10 @@ def split(
             slots = (mu[a], mu[b], nu[a], nu[b], factors[a], factors[b])
             moments.append(FactoredMoments(*slots))
         _check_shapes(tree, a, moments[-1], kind.shapes(pair))
-    taken = {position for pair in at for position in pair}
-    leaves = jax.tree.leaves(tree)
-    rest = [i for i in range(like.num_leaves) if i not in taken]
-    for i in rest:
-        _check_shapes(tree, i, (mu[i], nu[i]), 2 * [jnp.shape(leaves[i])])
+    for i, x in others.items():
+        _check_shapes(tree, i, (mu[i], nu[i]), 2 * [x.shape])
     return moments, optax.ScaleByAdamState(
-        state.count, {i: mu[i] for i in rest}, {i: nu[i] for i in rest}
+        state.count, {i: mu[i] for i in others}, {i: nu[i] for i in others}
     )
 
 

@@ -7,7 +7,6 @@ is projected to the present one, by adjusting its LoRA gradients. M, D and E are
 sums of two products of an m×r and an r×n matrix.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
@@ -18,7 +17,7 @@ from jax.typing import DTypeLike
 from ._adjust import Step
 from ._coefficients import Gauge
 from ._factors import PairArrays, in_compute_dtype, times
-from ._layout import FactorAxes, Shape
+from ._layout import Shape
 from ._linalg import reciprocal
 from ._moments import Adam, Projector, decayed, unbiased
 from ._thin import energies, thin_gradients
@@ -122,8 +121,8 @@ class FactoredMoments(NamedTuple):
         ε² joins V before its reconstruction, so that the result is an outer product;
         where Adam has 1/(√V + ε), this is at most √2 times as large.
         """
-        n = _feature_count(pair.a, pair.a_axes)
-        m = _feature_count(pair.b, pair.b_axes)
+        n = pair.a_axes.feature_count(pair.a.shape)
+        m = pair.b_axes.feature_count(pair.b.shape)
         floor = jnp.asarray(adam.eps, self.rows.dtype) ** 2
         row = unbiased(self.rows / n, adam.b2, adam.step) + floor
         column = unbiased(self.columns / m, adam.b2, adam.step) + floor
@@ -133,7 +132,3 @@ class FactoredMoments(NamedTuple):
         p = reciprocal(jnp.sqrt(row))
         q = times(root, reciprocal(jnp.sqrt(column)), pair.a_axes)
         return p, q
-
-
-def _feature_count(x: jax.Array, axes: FactorAxes) -> int:
-    return math.prod(x.shape[axis] for axis in axes.features(x.ndim))

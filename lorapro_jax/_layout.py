@@ -63,6 +63,10 @@ class FactorAxes(NamedTuple):
         """The feature axes of a factor with `ndim` axes."""
         return tuple(x for x in range(ndim) if x != self.rank and x not in self.batch)
 
+    def feature_count(self, shape: Shape) -> int:
+        """N of an A, or m of a B, of this shape."""
+        return math.prod(shape[axis] for axis in self.features(len(shape)))
+
 
 class Axes(NamedTuple):
     """The rank and batch axes of both factors, non-negative.
@@ -203,11 +207,8 @@ def _with_stack(readings: list[Axes], wanted: int | Sequence[int]) -> list[Axes]
 
 
 def _rank_is_low(a: Shape, b: Shape, axes: Axes) -> bool:
-    sizes = (
-        math.prod(shape[axis] for axis in factor.features(len(shape)))
-        for shape, factor in zip((a, b), axes.split(), strict=True)
-    )
-    return a[axes.a_rank] <= min(sizes)
+    at_a, at_b = axes.split()
+    return a[axes.a_rank] <= min(at_a.feature_count(a), at_b.feature_count(b))
 
 
 def _without(stack: Shape, shape: Shape) -> list[int]:

@@ -12,6 +12,7 @@ from ._pairs import PairsSpec
 from ._scale import ScaleSpec
 from ._trees import (
     OnNoPairs,
+    by_position,
     check_adjustment,
     pair_finder,
     positions,
@@ -126,11 +127,7 @@ def lorapro(
             return updates, state
         arrays = take_pairs(found, updates, params)
         steps = adjust(arrays, damping=damping, gauge=gauge)
-        leaves = {
-            place: x
-            for places, step in zip(positions(found, updates), steps, strict=True)
-            for place, x in zip(places, step, strict=True)
-        }
+        leaves = by_position(positions(found, updates), steps)
         return put_leaves(updates, leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

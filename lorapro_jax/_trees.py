@@ -91,6 +91,17 @@ def positions(found: Sequence[LoRAPair], tree: optax.Params) -> list[tuple[int, 
     return [(index[pair.a].position, index[pair.b].position) for pair in found]
 
 
+def by_position(
+    at: Sequence[tuple[int, int]], steps: Sequence[tuple[jax.Array, jax.Array]]
+) -> dict[int, jax.Array]:
+    """The steps of all pairs by the positions of their leaves."""
+    return {
+        place: x
+        for places, step in zip(at, steps, strict=True)
+        for place, x in zip(places, step, strict=True)
+    }
+
+
 def put_leaves(
     updates: optax.Updates,
     new: Mapping[int, jax.Array],
