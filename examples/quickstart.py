@@ -1,7 +1,7 @@
 """Full fine-tuning, LoRA and LoRA-Pro on the same task, each at its best rate.
 
-    python -m examples.quickstart            # 4 minutes on two CPU cores
-    python -m examples.quickstart --quick    # 50 seconds: too short to compare methods
+    python -m examples.quickstart            # under 7 minutes on two CPU cores
+    python -m examples.quickstart --quick    # a smoke test, too short to compare
 
 A small vision transformer is pretrained on scikit-learn's digits and then fine-tuned
 on the same digits inverted, rotated and relabelled. Each method runs with several
