@@ -1,0 +1,102 @@
+"""The scales of a PEFT adapter: `adapter_config.json`.
+
+PEFT multiplies by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+Modules that differ from the rest have entries in `rank_pattern` and `alpha_pattern`.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, cast
+
+from ._layout import LoRAPair
+
+_FIXED = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "lora_dropout": 0.0,
+    "modules_to_save": None,
+}
+
+
+def peft_config(
+    layers: Mapping[str, LoRAPair], *, rslora: bool, extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The configuration of an adapter, from the pair of each module."""
+    ranks = {name: cast(int, pair.rank) for name, pair in layers.items()}
+    alphas = {
+        name: _tidy(float(cast(float, pair.scale)) * _divisor(ranks[name], rslora))
+        for name, pair in layers.items()
+    }
+    rank, alpha = _most_common(ranks), _most_common(alphas)
+    return {
+        **_FIXED,
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": rslora,
+        "target_modules": sorted(ranks),
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
+        **extra,
+    }
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for an adapter that is more than pairs of factors."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"its `peft_type` is {kind!r}, not 'LORA'")
+    for option in ("use_dora", "use_bdlora", "trainable_token_indices"):
+        if config.get(option):
+            raise ValueError(f"it uses `{option}`, which plain LoRA factors cannot do")
+    if not isinstance(config.get("r"), int) or "lora_alpha" not in config:
+        raise ValueError("it has no `r` or no `lora_alpha`")
+
+
+def module_rank(config: Mapping[str, Any], name: str) -> int:
+    """The rank that a configuration gives to a module."""
+    return int(_look_up(config.get("rank_pattern"), name, config["r"]))
+
+
+def module_scale(config: Mapping[str, Any], name: str) -> float:
+    """The scale s of W0 + s B A that a configuration gives to a module."""
+    alpha = _look_up(config.get("alpha_pattern"), name, config["lora_alpha"])
+    rslora = bool(config.get("use_rslora"))
+    return float(alpha) / _divisor(module_rank(config, name), rslora)
+
+
+def _divisor(rank: int, rslora: bool) -> float:
+    return math.sqrt(rank) if rslora else rank
+
+
+def _look_up(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """As PEFT's `get_pattern_key`: a regex for the end of the module's name."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """The modules that differ; `^` because `q` is also the end of `block.q`."""
+    return {
+        f"^{re.escape(name)}": value
+        for name, value in values.items()
+        if value != default
+    }
+
+
+def _tidy(alpha: float) -> float:
+    """16, not 16.000000000000004."""
+    nearest = round(alpha)
+    return nearest if math.isclose(alpha, nearest, rel_tol=1e-9) else alpha
+
+
+def _most_common(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]

@@ -1,0 +1,217 @@
+"""LoRA adapters to and from Hugging Face PEFT.
+
+    save_peft_adapter("adapter", nnx.state(model, nnx.LoRAParam), alpha=16)
+
+writes `adapter_model.safetensors` and `adapter_config.json`, which
+`peft.PeftModel.from_pretrained(torch_model, "adapter")`, transformers and vLLM load;
+`load_peft_adapter` reads what they wrote. Both need the extra `lorapro_jax[peft]`.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ._layout import FactorAxes, LoRAPair, factor_axes
+from ._leaves import index_leaves
+from ._pairs import PairsSpec, find_pairs
+from ._peft_arrays import to_peft
+from ._peft_config import check_config, peft_config
+from ._peft_files import read_adapter, write_adapter
+from ._peft_import import Adapter, Target, check_adapter, read_factors
+from ._peft_names import NamesSpec, file_keys, layer_path, name_modules
+from ._scale import ScaleSpec
+
+Tree = TypeVar("Tree")
+
+
+def save_peft_adapter(
+    path: str | os.PathLike[str],
+    params: Any,
+    *,
+    scale: ScaleSpec = 1.0,
+    alpha: ScaleSpec | None = None,
+    rslora: bool = False,
+    pairs: PairsSpec | None = None,
+    stack_axis: int | Sequence[int] | None = None,
+    module_names: NamesSpec = None,
+    conv: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    r"""Writes the adapters of a tree as Hugging Face PEFT does.
+
+    Stacked layers become one entry each, heads of an einsum are flattened, and every
+    factor keeps its dtype. Leaves that are no factor are left out. Both files are
+    complete on disk before the first of them takes the place of an older one: what
+    goes wrong until then leaves the folder as it was. With several processes all have
+    to call it; the first one writes.
+
+    Args:
+      path: The folder.
+      params: A tree with the factors, such as `nnx.state(model, nnx.LoRAParam)`.
+      scale: The s that the model multiplies B A by; see `lorapro`.
+      alpha: The same as alpha, to be divided by the rank; see `lorapro`.
+      rslora: Whether by its square root; also `use_rslora` of the file.
+      pairs: See `lorapro`.
+      stack_axis: See `lorapro`.
+      module_names: What PyTorch calls the layers: `{regex: template}`, such as
+        `{r"layers/attn/(.)": r"model.layers.{}.self_attn.\1_proj"}`. The first regex
+        that matches the whole path of a layer counts (the path of the pair without
+        the factor, and without a `lora` at its end); `{}` in the template stands for
+        the position on a stacked axis. Or a function from the `LoRAPair` to the
+        name, also with `{}`. Default: the path with dots.
+      conv: A regex, searched in the same paths: these layers are convolutions with
+        A of `(*window, channels, r)`.
+      config: More entries of `adapter_config.json`, such as
+        `{"base_model_name_or_path": "...", "task_type": "CAUSAL_LM"}`. They may also
+        replace what is worked out, such as `target_modules`.
+
+    Raises:
+      ValueError: No pair in the tree, or what `find_pairs` raises; a layer without a
+        name, or two with one.
+      ImportError: safetensors is not installed.
+
+    Examples:
+      >>> import jax.numpy as jnp, tempfile
+      >>> from lorapro_jax.peft import load_peft_adapter, save_peft_adapter
+      >>> up = {"lora_a": jnp.ones((8, 2)), "lora_b": jnp.ones((2, 4))}
+      >>> tree, names = {"mlp": {"up": up}}, {"mlp/(.*)": r"model.mlp.\1_proj"}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_peft_adapter(folder, tree, alpha=4, module_names=names)
+      ...     back = load_peft_adapter(folder, tree, alpha=4, module_names=names)
+      >>> back["mlp"]["up"]["lora_a"].shape
+      (8, 2)
+    """
+    options = {"scale": scale, "alpha": alpha, "rslora": rslora}
+    targets = _targets(
+        params, module_names, pairs=pairs, stack_axis=stack_axis, **options
+    )
+    leaves = {name: leaf.value for name, leaf in index_leaves(params).items()}
+    tensors: dict[str, np.ndarray] = {}
+    layers: dict[str, LoRAPair] = {}
+    for pair, a, _, names in targets:
+        is_conv = conv is not None and re.search(conv, layer_path(pair))
+        window = len(factor_axes(pair)[0].features(len(a))) - 1 if is_conv else 0
+        for factor, axes, is_a in _sides(pair):
+            x = to_peft(_on_host(leaves[factor]), axes, is_a=is_a, window=window)
+            for index, name in names.items():
+                tensors[file_keys(name, pair)[0 if is_a else 1]] = x[index]
+        layers |= dict.fromkeys(names.values(), pair)
+    try:
+        if jax.process_index() == 0:
+            entries = peft_config(layers, rslora=rslora, extra=config or {})
+            write_adapter(Path(path), tensors, entries)
+    finally:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("save_peft_adapter")
+
+
+def load_peft_adapter(
+    path: str | os.PathLike[str],
+    template: Tree,
+    *,
+    scale: ScaleSpec = 1.0,
+    alpha: ScaleSpec | None = None,
+    rslora: bool = False,
+    pairs: PairsSpec | None = None,
+    stack_axis: int | Sequence[int] | None = None,
+    module_names: NamesSpec = None,
+) -> Tree:
+    """Reads an adapter of Hugging Face PEFT into a tree.
+
+    What the model computes is what PEFT computes: where the file's scale (of
+    `lora_alpha`, `use_rslora` and the patterns) is another than the model's, B is
+    multiplied by their ratio. With equal scales the factors are the file's bits,
+    cast to the dtypes of the tree.
+
+    Args:
+      path: The folder with `adapter_model.safetensors` and `adapter_config.json`.
+      template: The tree to fill: arrays or `jax.ShapeDtypeStruct`s. It is not
+        changed. Factors keep its dtypes and shardings.
+      scale: The s that the model multiplies B A by; see `lorapro`.
+      alpha: The same as alpha, to be divided by the rank; see `lorapro`.
+      rslora: Whether by its square root.
+      pairs: See `lorapro`.
+      stack_axis: See `lorapro`.
+      module_names: See `save_peft_adapter`.
+
+    Returns:
+      A tree like the template with the factors of the file; all other leaves are the
+      template's.
+
+    Raises:
+      FileNotFoundError: A file of the adapter is missing.
+      ValueError: A damaged file, an adapter that is more than LoRA factors (DoRA),
+        or layers, ranks or shapes that are not those of the template, all named in
+        one message; no pair in the template, or what `find_pairs` raises.
+      ImportError: safetensors is not installed.
+    """
+    options = {"scale": scale, "alpha": alpha, "rslora": rslora}
+    targets = _targets(
+        template, module_names, pairs=pairs, stack_axis=stack_axis, **options
+    )
+    adapter = Adapter(*read_adapter(Path(path)))
+    try:
+        check_config(adapter.config)
+        check_adapter(adapter, targets)
+    except ValueError as error:
+        raise ValueError(f"`{os.fspath(path)}` cannot be loaded: {error}") from None
+
+    index = index_leaves(template)
+    leaves = jax.tree.leaves(template)
+    for target in targets:
+        factors = read_factors(adapter, target)
+        for name, x in zip(target.pair[:2], factors, strict=True):
+            leaves[index[name].position] = _like(x, index[name].value)
+    filled: Tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    return filled
+
+
+def _targets(tree: Any, names: NamesSpec, **options: Any) -> list[Target]:
+    """The pairs of a tree, with their shapes and PyTorch's names of their layers."""
+    leaves = index_leaves(tree)
+    found = find_pairs(tree, **options)
+    if not found:
+        raise ValueError(
+            f"No LoRA pair in the tree, whose leaves are {list(leaves)[:4]}. Pass the "
+            "tree with the factors, or name them with `pairs=`."
+        )
+    shapes = [(leaves[pair.a].shape, leaves[pair.b].shape) for pair in found]
+    stacks = [
+        tuple(a[axis] for axis in pair.a_batch_axes)
+        for pair, (a, _) in zip(found, shapes, strict=True)
+    ]
+    modules = name_modules(found, stacks, names)
+    return [
+        Target(pair, *both, layers)
+        for pair, both, layers in zip(found, shapes, modules, strict=True)
+    ]
+
+
+def _sides(pair: LoRAPair) -> Iterator[tuple[str, FactorAxes, bool]]:
+    """Path and axes of A, then of B, and which of them it is."""
+    return zip(pair[:2], factor_axes(pair), (True, False), strict=True)
+
+
+def _on_host(x: Any) -> np.ndarray:
+    """All of an array, also of one that other processes hold a part of."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def _like(x: np.ndarray, leaf: Any) -> Any:
+    """`x` with the dtype and the sharding of a leaf."""
+    x = x.astype(leaf.dtype)
+    if isinstance(leaf, np.ndarray):
+        return x
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or not getattr(leaf, "committed", True):
+        return jnp.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -1,0 +1,330 @@
+"""PEFT files: what they hold, what they bring back, and what is refused."""
+
+import json
+import math
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorapro_jax import LoRAPair
+from lorapro_jax.peft import load_peft_adapter, save_peft_adapter
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+# Path, axes of A and B (r the rank, L and E stacked), name of the layer in PyTorch.
+SIZES = {"d": 6, "n": 2, "h": 3, "f": 5, "w": 3, "x": 2, "c": 4, "L": 4, "E": 3, "r": 2}
+LAYOUTS = {
+    "plain": ("mlp/up/lora/lora_{}", "dr", "rf", "mlp.up"),
+    "qwix heads": ("attn/q/kernel_lora_{}", "dr", "rnh", "attn.q"),
+    "out of heads": ("attn/o/w_lora_{}", "nhr", "rd", "attn.o"),
+    "two in a module": ("attn/kv_einsum_lora_{}", "dr", "rxnh", "attn.kv_einsum"),
+    "stack in front": ("layers/up/lora_{}", "Ldr", "Lrf", "layers.{}.up"),
+    "stack at axis 1": ("layers/q/kernel_lora_{}", "dLr", "rLnh", "layers.{}.q"),
+    "layers of experts": ("m/w_lora_{}", "LEdr", "LErf", "m.{}.experts.{}.w"),
+    "bare names": ("q/lora/{}", "dr", "rnh", "q"),
+}
+
+
+def tree_of(path, a_axes, b_axes, seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    tree = {}
+    for role, axes in (("a", a_axes), ("b", b_axes)):
+        *parents, name = path.format(role).split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = jnp.asarray(rng.standard_normal([SIZES[x] for x in axes]), dtype)
+    return tree
+
+
+def pair_tree(seed=0, dtype=jnp.float32):
+    return tree_of("mlp/up/lora_{}", "dr", "rf", seed, dtype)
+
+
+def read(folder):
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    return tensors, json.loads((folder / CONFIG).read_text())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_file_holds_the_product_of_every_layer(layout, tmp_path):
+    """B·A of each entry is the dense weight `out × in` of its layer."""
+    path, a_axes, b_axes, name = LAYOUTS[layout]
+    tree = tree_of(path, a_axes, b_axes)
+    options = {"module_names": {".*": name}} if "{}" in name else {}
+    if "stack at" in layout:
+        options["stack_axis"] = 1
+
+    save_peft_adapter(tmp_path, tree, alpha=3.0, **options)
+
+    a, b = jax.tree.leaves(tree)
+    stack = "".join(x for x in a_axes if x.isupper())
+    inputs, outputs = (
+        "".join(x for x in axes if x.islower() and x != "r")
+        for axes in (a_axes, b_axes)
+    )
+    dense = np.einsum(f"{a_axes},{b_axes}->{stack}{outputs}{inputs}", a, b)
+    count = math.prod(SIZES[x] for x in outputs)
+    tensors, config = read(tmp_path)
+    indices = list(np.ndindex(*(SIZES[x] for x in stack)))
+    assert len(tensors) == 2 * len(indices)
+    assert (config["r"], config["lora_alpha"]) == (2, 3)
+    for index in indices:
+        module = name.format(*index)
+        assert module in config["target_modules"]
+        key = f"base_model.model.{module}.lora_{{}}.weight".format
+        product = tensors[key("B")] @ tensors[key("A")]
+        want = dense[index].reshape(count, -1)
+        np.testing.assert_allclose(product, want, rtol=1e-5, atol=1e-6)
+        # Negative control: heads in another order are another matrix.
+        if len(outputs) > 1:
+            other = np.moveaxis(dense[index], 0, len(outputs) - 1).reshape(count, -1)
+            assert np.abs(product - other).max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_was_saved_comes_back_bit_for_bit(layout, dtype, tmp_path):
+    path, a_axes, b_axes, name = LAYOUTS[layout]
+    tree = tree_of(path, a_axes, b_axes, dtype=dtype)
+    options = {"alpha": 3.0, "module_names": {".*": name}}
+    if "stack at" in layout:
+        options["stack_axis"] = 1
+    save_peft_adapter(tmp_path, tree, **options)
+
+    template = jax.tree.map(jnp.zeros_like, tree)
+    back = load_peft_adapter(tmp_path, template, **options)
+
+    chex.assert_trees_all_equal_shapes_and_dtypes(back, tree)
+    chex.assert_trees_all_equal(back, tree)
+    with pytest.raises(AssertionError):  # negative control
+        chex.assert_trees_all_equal(back, template)
+    assert not any(np.any(x) for x in jax.tree.leaves(template))  # left alone
+
+
+def test_convolutions_have_their_channels_first_and_come_back(tmp_path):
+    tree = tree_of("conv/kernel_lora_{}", "xwcr", "rf")
+    save_peft_adapter(tmp_path, tree, conv="conv")
+    tensors, _ = read(tmp_path)
+    a, b = jax.tree.leaves(tree)
+    key = "base_model.model.conv.lora_{}.weight".format
+    np.testing.assert_array_equal(tensors[key("A")], np.einsum("xwcr->rcxw", a))
+    np.testing.assert_array_equal(tensors[key("B")][:, :, 0, 0], b.T)
+    assert tensors[key("B")].shape == (5, 2, 1, 1)
+    chex.assert_trees_all_equal(load_peft_adapter(tmp_path, tree), tree)
+
+
+def test_factors_in_pytorch_order_are_saved_as_they_are(tmp_path):
+    tree = {"q": {"lora_A": {"weight": jnp.ones((2, 6))},
+                  "lora_B": {"weight": 2 * jnp.ones((5, 2))}}}  # fmt: skip
+    save_peft_adapter(tmp_path, tree)
+    tensors, _ = read(tmp_path)
+    assert tensors["base_model.model.q.lora_A.weight"].shape == (2, 6)
+    chex.assert_trees_all_equal(load_peft_adapter(tmp_path, tree), tree)
+
+
+def test_embeddings_have_their_own_keys(tmp_path):
+    tree = tree_of("words/lora_embeddings_{}", "dr", "rf")
+    save_peft_adapter(tmp_path, tree)
+    prefix = "base_model.model.words.lora_embedding_"
+    assert read(tmp_path)[0].keys() == {f"{prefix}A", f"{prefix}B"}
+    chex.assert_trees_all_equal(load_peft_adapter(tmp_path, tree), tree)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_and_alphas_that_differ_become_patterns(rslora, tmp_path):
+    tree = {f"q{i}": tree_of("lora_{}", "dr", "rf") for i in range(3)}
+    tree["block"] = {"q0": {"lora_a": jnp.ones((6, 4)), "lora_b": jnp.ones((4, 5))}}
+    alpha = {"^q0": 1.5, ".*": 16}
+    save_peft_adapter(tmp_path, tree, alpha=alpha, rslora=rslora)
+    _, config = read(tmp_path)
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (2, 16, rslora)
+    assert config["rank_pattern"] == {r"^block\.q0": 4}
+    assert config["alpha_pattern"] == {"^q0": 1.5}  # and not that of block.q0
+    back = load_peft_adapter(tmp_path, tree, alpha=alpha, rslora=rslora)
+    chex.assert_trees_all_equal(back, tree)
+
+
+def test_product_is_kept_where_the_scales_differ(tmp_path):
+    tree = pair_tree()
+    save_peft_adapter(tmp_path, tree, scale=3.0)
+    back = load_peft_adapter(tmp_path, tree, scale=0.5)["mlp"]["up"]
+    chex.assert_trees_all_equal(back["lora_a"], tree["mlp"]["up"]["lora_a"])
+    chex.assert_trees_all_close(
+        0.5 * back["lora_b"], 3.0 * tree["mlp"]["up"]["lora_b"], rtol=1e-6
+    )
+
+
+def test_explicit_pairs_and_a_function_for_the_names(tmp_path):
+    leaves = [jnp.ones((6, 2)), jnp.ones((5,)), jnp.ones((2, 5))]
+    options = {"pairs": [LoRAPair("0", "2")], "module_names": lambda pair: "dense"}
+    save_peft_adapter(tmp_path, leaves, **options)
+    assert read(tmp_path)[1]["target_modules"] == ["dense"]
+    back = load_peft_adapter(tmp_path, [2 * x for x in leaves], **options)
+    chex.assert_trees_all_equal(back, [leaves[0], 2 * leaves[1], leaves[2]])
+
+
+def test_leaves_beside_the_factors_stay_what_they_are(tmp_path):
+    tree = pair_tree() | {"head": jnp.ones(3)}
+    save_peft_adapter(tmp_path, tree)
+    assert load_peft_adapter(tmp_path, tree)["head"] is tree["head"]
+
+
+def test_factors_keep_the_sharding_of_the_template(tmp_path):
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    tree = pair_tree()
+    specs = {"lora_a": P("x"), "lora_b": P()}
+    shardings = {"mlp": {"up": {k: NamedSharding(mesh, p) for k, p in specs.items()}}}
+    sharded = jax.device_put(tree, shardings)
+    save_peft_adapter(tmp_path, sharded)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), sharded
+    )
+    for template in (sharded, abstract):
+        back = load_peft_adapter(tmp_path, template)
+        chex.assert_trees_all_equal(back, tree)
+        assert jax.tree.map(lambda x: x.sharding, back) == shardings
+    plain = load_peft_adapter(tmp_path, tree)["mlp"]["up"]["lora_a"]
+    assert not plain.committed  # may go to any mesh
+
+
+# Each spoils a good adapter or asks for another; the message says what is wrong.
+
+
+def test_truncated_file_is_one_error(tmp_path):
+    save_peft_adapter(tmp_path, pair_tree())
+    good = (tmp_path / WEIGHTS).read_bytes()
+    for size in (0, 5, 40, len(good) - 1):
+        (tmp_path / WEIGHTS).write_bytes(good[:size])
+        with pytest.raises(ValueError, match=r"safetensors` is damaged or was not wr"):
+            load_peft_adapter(tmp_path, pair_tree())
+    (tmp_path / WEIGHTS).write_bytes(good)
+    load_peft_adapter(tmp_path, pair_tree())  # control
+
+
+def test_damaged_or_missing_configuration_is_one_error(tmp_path):
+    save_peft_adapter(tmp_path, pair_tree())
+    for text in ('{"r": 2', "[]", "\udcff"):
+        (tmp_path / CONFIG).write_text(text, errors="surrogateescape")
+        with pytest.raises(ValueError, match=CONFIG):
+            load_peft_adapter(tmp_path, pair_tree())
+    (tmp_path / CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
+        load_peft_adapter(tmp_path, pair_tree())
+
+
+@pytest.mark.parametrize(
+    ("entries", "match"),
+    [
+        ({"peft_type": "VERA"}, "`peft_type` is 'VERA'"),
+        ({"use_dora": True}, "`use_dora`"),
+        ({"r": None}, "no `r`"),
+        ({"r": 4}, r"`mlp\.up` has rank 4 in the configuration, here 2"),
+        ({"rank_pattern": {"up": 8}}, "rank 8 in the configuration"),
+    ],
+)
+def test_configuration_of_another_adapter_is_one_error(entries, match, tmp_path):
+    save_peft_adapter(tmp_path, pair_tree(), config=entries)
+    with pytest.raises(ValueError, match=match):
+        load_peft_adapter(tmp_path, pair_tree())
+
+
+def test_all_differences_of_the_layers_are_in_one_message(tmp_path):
+    saved = {"one": pair_tree(), "two": pair_tree(), "three": pair_tree()}
+    save_peft_adapter(tmp_path, saved)
+    other = tree_of("mlp/up/lora_{}", "cr", "rf")  # c features instead of d
+    template = {"one": other, "two": pair_tree(), "four": pair_tree()}
+    with pytest.raises(ValueError, match="adapter and tree differ") as error:
+        load_peft_adapter(tmp_path, template)
+    key = "base_model.model.{}.mlp.up.lora_A.weight".format
+    for part in (
+        f"missing in the file: `{key('four')}`",
+        f"in the file, not in the tree: `{key('three')}`",
+        f"`{key('one')}` has shape (2, 6), but (2, 4) is due for `one/mlp/up/lora_a`",
+    ):
+        assert part in str(error.value)
+    assert "two" not in str(error.value)
+
+
+def test_a_weight_that_is_no_factor_is_not_dropped_silently(tmp_path):
+    save_peft_adapter(tmp_path, pair_tree())
+    tensors, _ = read(tmp_path)
+    head = {"base_model.model.classifier.weight": np.ones((2, 2), np.float32)}
+    safetensors.numpy.save_file(tensors | head, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"classifier.weight`, which is no LoRA fac"):
+        load_peft_adapter(tmp_path, pair_tree())
+
+
+def test_integer_weights_are_refused(tmp_path):
+    save_peft_adapter(tmp_path, pair_tree())
+    tensors, _ = read(tmp_path)
+    whole = {name: x.astype(np.int8) for name, x in tensors.items()}
+    safetensors.numpy.save_file(whole, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="dtype int8"):
+        load_peft_adapter(tmp_path, pair_tree())
+
+
+@pytest.mark.parametrize(
+    ("tree", "options", "match"),
+    [
+        ({"head": jnp.ones(3)}, {}, "No LoRA pair in the tree"),
+        (tree_of("lora_{}", "dr", "rf"), {}, "at the top of the tree"),
+        (pair_tree(), {"module_names": {"mlp": "m"}}, "matches the whole of 'mlp/up'"),
+        (tree_of("l/lora_{}", "Ldr", "Lrf"), {}, r"Put `\{\}` into the name"),
+        ({"a": pair_tree(), "b": pair_tree()}, {"module_names": {".*": "m"}},
+         "a layer of `a/mlp/up/lora_a` would have the same PyTorch name, 'm'"),
+    ],
+)  # fmt: skip
+def test_layers_without_a_name_of_their_own_are_errors(tree, options, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        save_peft_adapter(tmp_path / "adapter", tree, **options)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("fails", ["save_file", "dumps", "fsync"])
+def test_failed_save_leaves_the_old_adapter_alone(fails, tmp_path, monkeypatch):
+    save_peft_adapter(tmp_path, pair_tree())
+    (tmp_path / "README.md").write_text("mine")
+    before = contents(tmp_path)
+
+    def broken(*args, **kwargs):
+        raise OSError("disk full")
+
+    owner = {"save_file": "safetensors.numpy", "dumps": "json", "fsync": "os"}[fails]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{owner}.{fails}", broken)
+        with pytest.raises(OSError, match="disk full"):
+            save_peft_adapter(tmp_path, pair_tree(seed=1), scale=2.0)
+    assert contents(tmp_path) == before
+
+    save_peft_adapter(tmp_path, pair_tree(seed=1), scale=2.0)  # control
+    after = contents(tmp_path)
+    assert after.keys() == before.keys()
+    assert after["README.md"] == b"mine"
+    assert all(after[name] != before[name] for name in (WEIGHTS, CONFIG))
+
+
+def test_without_safetensors_the_error_says_what_to_install():
+    code = (
+        "import sys; sys.modules['safetensors'] = None\n"
+        "import jax.numpy as jnp\n"
+        "from lorapro_jax.peft import save_peft_adapter\n"
+        "up = {'lora_a': jnp.ones((6, 2)), 'lora_b': jnp.ones((2, 5))}\n"
+        "save_peft_adapter('unused', {'up': up})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert "pip install 'lorapro_jax[peft]'" in result.stderr

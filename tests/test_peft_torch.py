@@ -1,0 +1,146 @@
+"""One model in JAX and in PyTorch, with adapters that went through PEFT's files."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_llama
+
+from lorapro_jax.peft import load_peft_adapter, save_peft_adapter
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+TEXT = np.random.default_rng(0).integers(0, tiny_llama.WORDS, (2, 9))
+RANKS = {"q": 4, "k": 4, "v": 2, "o": 4, "gate": 4, "down": 3}  # none on `up`
+ALPHA = 6.0
+
+
+def torch_model():
+    """A `LlamaForCausalLM` with random weights, norms included."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny_llama.CONFIG))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.3 * torch.randn_like(weight) + (weight.ndim == 1))
+    return model.eval()
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.from_numpy(TEXT)).logits.numpy()
+
+
+def jax_logits(factors, scales):
+    weights = tiny_llama.weights_of(torch_model())
+    return np.asarray(jax.jit(tiny_llama.logits)(weights, factors, scales, TEXT))
+
+
+def distance(got, want):
+    return np.abs(got - want).max() / np.abs(want).max()
+
+
+def test_base_model_is_the_same_in_both():
+    """The premise of all others."""
+    nothing = {"layers": {"attn": {}, "mlp": {}}}
+    assert distance(jax_logits(nothing, {}), torch_logits(torch_model())) < 1e-5
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_exported_adapter_gives_the_same_outputs_in_pytorch(rslora, tmp_path):
+    factors = tiny_llama.adapters(RANKS, seed=1)
+    divisor = math.sqrt if rslora else float
+    scales = {name: ALPHA / divisor(rank) for name, rank in RANKS.items()}
+
+    save_peft_adapter(
+        tmp_path, factors, alpha=ALPHA, rslora=rslora, module_names=tiny_llama.MODULES
+    )
+    adapted = peft.PeftModel.from_pretrained(torch_model(), tmp_path)
+
+    want = torch_logits(adapted)
+    assert distance(jax_logits(factors, scales), want) < 1e-5
+    # Negative controls: the adapters matter, and so does the scale of one kernel.
+    assert distance(torch_logits(torch_model()), want) > 1e-2
+    wrong = {**scales, "v": scales["v"] * 1.01}
+    assert distance(jax_logits(factors, wrong), want) > 3e-5
+
+
+def test_peft_finds_every_entry_of_an_exported_file(tmp_path):
+    """No weight of the file is left over, and none of the model's is missing."""
+    factors = tiny_llama.adapters(RANKS, seed=1)
+    save_peft_adapter(tmp_path, factors, alpha=ALPHA, module_names=tiny_llama.MODULES)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    model = peft.get_peft_model(torch_model(), config)
+    result = peft.set_peft_model_state_dict(
+        model, peft.utils.load_peft_weights(tmp_path, device="cpu")
+    )
+    assert not result.unexpected_keys
+    assert not [name for name in result.missing_keys if "lora_" in name]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapter_saved_by_peft_gives_the_same_outputs_in_jax(rslora, tmp_path):
+    """Ranks and alphas by pattern, and an alpha that differs within a stack."""
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, use_rslora=rslora,
+        target_modules=[f"{name}_proj" for name in RANKS],
+        rank_pattern={"v_proj": 2, r".*\.down_proj": 3},
+        alpha_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 5},
+    )  # fmt: skip
+    model = peft.get_peft_model(torch_model(), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(0.3 * torch.randn_like(weight))
+    model.save_pretrained(tmp_path)
+    template = jax.eval_shape(lambda: tiny_llama.adapters(RANKS, seed=0))
+
+    # The JAX model multiplies by 2 everywhere, whatever the file says.
+    factors = load_peft_adapter(
+        tmp_path, template, scale=2.0, module_names=tiny_llama.MODULES
+    )
+
+    want = torch_logits(model.eval())
+    scales = dict.fromkeys(RANKS, 2.0)
+    assert distance(jax_logits(factors, scales), want) < 1e-5
+    assert distance(torch_logits(torch_model()), want) > 1e-2
+    # Negative control: one layer of one stack in another order.
+    q = factors["layers"]["attn"]["q"]
+    q["lora_b"] = q["lora_b"][::-1]
+    assert distance(jax_logits(factors, scales), want) > 1e-3
+
+
+def test_bfloat16_survives_the_way_through_pytorch(tmp_path):
+    factors = tiny_llama.adapters(RANKS, seed=1, dtype=jnp.bfloat16)
+    options = {"alpha": ALPHA, "module_names": tiny_llama.MODULES}
+    save_peft_adapter(tmp_path / "out", factors, **options)
+    model = peft.PeftModel.from_pretrained(
+        torch_model().bfloat16(), tmp_path / "out", autocast_adapter_dtype=False
+    )
+    kinds = {x.dtype for name, x in model.named_parameters() if "lora_" in name}
+    assert kinds == {torch.bfloat16}
+    model.save_pretrained(tmp_path / "back")
+
+    back = load_peft_adapter(tmp_path / "back", factors, **options)
+
+    for new, old in zip(jax.tree.leaves(back), jax.tree.leaves(factors), strict=True):
+        assert new.dtype == old.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(new, old)
+
+
+def test_configuration_has_no_entry_that_peft_does_not_know(tmp_path):
+    factors = tiny_llama.adapters(RANKS, seed=1)
+    extra = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "tiny"}
+    save_peft_adapter(
+        tmp_path, factors, alpha=ALPHA, module_names=tiny_llama.MODULES, config=extra
+    )
+    config = peft.LoraConfig.from_pretrained(tmp_path)
+    assert (config.task_type, config.base_model_name_or_path) == tuple(extra.values())
+    saved = set(json.loads((tmp_path / "adapter_config.json").read_text()))
+    assert saved <= {field.name for field in dataclasses.fields(peft.LoraConfig)}
