@@ -24,6 +24,7 @@ from ._factors import (
     inner,
     largest_entry,
     outer,
+    replicated,
     times,
 )
 from ._linalg import (
@@ -85,7 +86,7 @@ def decompose(pairs: Sequence[PairArrays]) -> Spectra:
         grams_a.append(contract(a, a, pair.a_axes))
         grams_b.append(contract(b, b, pair.b_axes))
     sizes = np.tile(_ranks(pairs), 2)
-    values, vectors = eigh_psd(stack_square(grams_b + grams_a), sizes)
+    values, vectors = eigh_psd(_stack_square(grams_b + grams_a), sizes)
     (lam, mu), (u, v) = jnp.split(values, 2), jnp.split(vectors, 2)
     return Spectra(units, Eigh(lam, u), Eigh(mu, v))
 
@@ -107,7 +108,7 @@ def solve(
         for pair, unit in zip(pairs, split_batches(units, batches), strict=True)
     ]
     # From here to the end all pairs are one stack of small matrices.
-    cross = weights[:, None, None] * stack_square(crosses)
+    cross = weights[:, None, None] * _stack_square(crosses)
     on_grad_a, on_a, on_grad_b, on_b = coefficients(
         spectra.b, spectra.a, cross, _ranks(pairs), damping, gauge
     )
@@ -164,4 +165,9 @@ def _ranks(pairs: Sequence[PairArrays]) -> np.ndarray:
 def _stack(scalars: Sequence[jax.Array]) -> jax.Array:
     """`(*batch_i)` of all pairs as one `(N,)`, in the widest dtype."""
     widest = max((x.dtype for x in scalars), key=lambda dtype: dtype.itemsize)
-    return jnp.concatenate([x.reshape(-1).astype(widest) for x in scalars])
+    return jnp.concatenate([replicated(x).reshape(-1).astype(widest) for x in scalars])
+
+
+def _stack_square(matrices: Sequence[jax.Array]) -> jax.Array:
+    """As `stack_square`: all pairs and layers on every device, for the one `eigh`."""
+    return stack_square([replicated(x) for x in matrices])

@@ -58,15 +58,22 @@ def in_compute_dtype(pair: PairArrays) -> PairArrays:
 
 
 def largest_entry(pair: PairArrays) -> jax.Array:
-    """The largest absolute value in either factor, `(*batch)`, replicated."""
+    """The largest absolute value in either factor, `(*batch)`."""
 
     def largest(x: jax.Array, axes: FactorAxes) -> jax.Array:
         return jnp.abs(x).max(axis=(axes.rank, *axes.features(x.ndim)))
 
-    entries = [largest(pair.a, pair.a_axes), largest(pair.b, pair.b_axes)]
-    if sharding := _explicit_sharding(pair.a, ()):
-        entries = [jax.sharding.reshard(x, sharding) for x in entries]
-    return jnp.maximum(*entries)
+    return jnp.maximum(largest(pair.a, pair.a_axes), largest(pair.b, pair.b_axes))
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """The scalars or small matrices of all layers, on every device.
+
+    Said only to an explicit mesh, which demands it. On an automatic one, the
+    compiler would carry the demand back to the factors and gather those.
+    """
+    sharding = _explicit_sharding(x, ())
+    return jax.sharding.reshard(x, sharding) if sharding else x
 
 
 def times(scalars: jax.Array, x: jax.Array, axes: FactorAxes) -> jax.Array:
@@ -78,8 +85,8 @@ def times(scalars: jax.Array, x: jax.Array, axes: FactorAxes) -> jax.Array:
 def contract(x: jax.Array, y: jax.Array, axes: FactorAxes) -> jax.Array:
     """The products of two like factors over all feature axes, `(*batch, r, r)`.
 
-    For A and g_A that is `A g_Aᵀ`, for B and g_B `Bᵀ g_B`. On an explicit mesh the
-    result is replicated, as the eigendecomposition needs it.
+    For A and g_A that is `A g_Aᵀ`, for B and g_B `Bᵀ g_B`. Each layer's is where the
+    layer is.
     """
     features = axes.features(x.ndim)
     return jax.lax.dot_general(
@@ -87,7 +94,7 @@ def contract(x: jax.Array, y: jax.Array, axes: FactorAxes) -> jax.Array:
         y,
         ((features, features), (axes.batch, axes.batch)),
         precision=jax.lax.Precision.HIGHEST,
-        out_sharding=_explicit_sharding(x, ()),
+        out_sharding=_explicit_sharding(x, axes.batch),
     )
 
 
