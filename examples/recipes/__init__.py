@@ -1,0 +1,1 @@
+"""LoRA-Pro in real LoRA stacks, one file each: `python -m examples.recipes.qlora`."""
