@@ -259,11 +259,3 @@ def test_vmap_over_seeds_equals_a_loop():
         for g, params in zip(grads, many, strict=True)
     ]
     assert_close(received, stack(expected))
-
-
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-@pytest.mark.parametrize("moments", MOMENTS)
-def test_update_lowers_for_every_platform(moments, platform):
-    params, tx = make_params(), default(moments)
-    traced = jax.jit(tx.update).trace(params, tx.init(params), params)
-    traced.lower(lowering_platforms=(platform,))

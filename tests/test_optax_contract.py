@@ -318,12 +318,3 @@ def test_sgd_on_the_adjusted_gradient_reaches_the_target_it_can_reach():
         return jax.lax.scan(step, (params, tx.init(params)), length=600)[0][0]
 
     assert loss(run(params)) < 1e-6 * loss(params)
-
-
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_update_lowers_for_every_platform(platform):
-    """A symmetric eigendecomposition does; Schur and a general one would not."""
-    params = make_params()
-    tx = lorapro()
-    traced = jax.jit(tx.update).trace(params, tx.init(params), params)
-    traced.lower(lowering_platforms=(platform,))
