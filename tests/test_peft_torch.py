@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,3 +146,49 @@ def test_configuration_has_no_entry_that_peft_does_not_know(tmp_path):
     assert (config.task_type, config.base_model_name_or_path) == tuple(extra.values())
     saved = set(json.loads((tmp_path / "adapter_config.json").read_text()))
     assert saved <= {field.name for field in dataclasses.fields(peft.LoraConfig)}
+
+
+Module: Any = torch.nn.Module  # for type checkers where PyTorch is not installed
+
+
+class Pictures(Module):
+    """A convolution of embedded words: the two layers whose factors are special."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = torch.nn.Embedding(11, 3)
+        self.conv = torch.nn.Conv2d(3, 5, (2, 3), bias=False)
+
+    def forward(self, text):
+        return self.conv(self.words(text).permute(0, 3, 1, 2))
+
+
+def test_convolutions_and_embeddings_give_the_same_outputs_in_pytorch(tmp_path):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    factors = {
+        "words": {"lora_embeddings_a": draw(11, 2), "lora_embeddings_b": draw(2, 3)},
+        "conv": {"kernel_lora_a": draw(2, 3, 3, 4), "kernel_lora_b": draw(4, 5)},
+    }
+    save_peft_adapter(tmp_path, factors, scale=2.0, conv="conv")
+    base, text = Pictures(), rng.integers(0, 11, (2, 5, 6))
+    adapted = peft.PeftModel.from_pretrained(Pictures(), tmp_path)
+    with torch.no_grad():
+        want, plain = (x(torch.from_numpy(text)).numpy() for x in (adapted, base))
+
+    words, conv = factors["words"].values(), factors["conv"].values()
+    table = base.words.weight.detach().numpy() + 2.0 * jnp.einsum("vr,rd->vd", *words)
+    kernel = base.conv.weight.detach().numpy() + 2.0 * jnp.einsum(
+        "hwcr,rf->fchw", *conv
+    )
+    got = jax.lax.conv_general_dilated(
+        jnp.asarray(table)[text], kernel, (1, 1), "VALID",
+        dimension_numbers=("NHWC", "OIHW", "NCHW"), precision="highest",
+    )  # fmt: skip
+
+    assert distance(np.asarray(got), want) < 1e-5
+    assert distance(plain, want) > 1e-2  # negative control
+    chex.assert_trees_all_equal(
+        load_peft_adapter(tmp_path, factors, scale=2.0), factors
+    )
