@@ -1,12 +1,19 @@
-"""Factors of a JAX tree as PEFT's matrices, and back, on the host.
+"""Factors of a JAX tree as PEFT's matrices on the host, and back.
 
 PEFT stores one pair a layer, A as `(r, in)` and B as `(out, r)`; for a convolution
 `(r, channels, *window)` and `(out, r, 1, ...)`.
 """
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ._layout import FactorAxes, Shape
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def to_peft(x: np.ndarray, axes: FactorAxes, *, is_a: bool, window: int) -> np.ndarray:
@@ -57,11 +64,41 @@ def from_peft(
 
 def peft_shapes(shape: Shape, axes: FactorAxes, *, is_a: bool) -> list[Shape]:
     """The shapes that one layer of a factor may have in a file, the usual one first."""
-    sizes = [shape[axis] for axis in axes.features(len(shape))]
-    rank = shape[axes.rank]
-    count = axes.feature_count(shape)
+    at = axes.features(len(shape))
+    sizes = [shape[axis] for axis in at]
+    rank, count = shape[axes.rank], axes.feature_count(shape)
     if not is_a:
-        return [(count, rank), (count, rank, 1), (count, rank, 1, 1)]
-    if axes.rank > min(axes.features(len(shape))):
+        return [(count, rank, *(1,) * window) for window in range(4)]
+    if axes.rank > min(at):
         sizes = [sizes[-1], *sizes[:-1]]
     return [(rank, count), (rank, *sizes)]
+
+
+def on_host(path: str, x: Any) -> np.ndarray:
+    """All of a factor, also of one that other processes hold a part of."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    if not isinstance(x, jax.Array | np.ndarray) or x.dtype.name not in _DTYPES:
+        kind = type(x).__name__
+        raise ValueError(
+            f"`{path}` is a {kind} of dtype {x.dtype}; a PEFT file holds arrays of one "
+            f"of {_DTYPES}."
+        )
+    return np.asarray(x)
+
+
+def like_leaf(path: str, x: np.ndarray, leaf: Any) -> Any:
+    """`x` with the dtype and the sharding of a leaf."""
+    with np.errstate(over="ignore"):
+        cast = x.astype(leaf.dtype)
+    if np.isfinite(x).all() and not np.isfinite(cast).all():
+        raise ValueError(
+            f"`{path}` does not fit {leaf.dtype}: the file has entries of up to "
+            f"{np.abs(x).max():.3g}, brought to the model's scale. Use a wider dtype."
+        )
+    if isinstance(leaf, np.ndarray):
+        return cast
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or not getattr(leaf, "committed", True):
+        return jnp.asarray(cast)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: cast[index])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ._layout import LoRAPair
+from ._scale import is_real_scalar
 
 _FIXED = {
     "peft_type": "LORA",
@@ -25,10 +26,29 @@ _FIXED = {
 }
 
 
+# They say what is computed: from the pairs, not by hand.
+_WORKED_OUT = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+
+# Options with which PEFT computes something else than W0 + s B A.
+_NOT_LORA = ("use_dora", "use_bdlora", "trainable_token_indices",
+             "alora_invocation_tokens")  # fmt: skip
+# Initialisers that change W0, also when an adapter is loaded.
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 def peft_config(
     layers: Mapping[str, LoRAPair], *, rslora: bool, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The configuration of an adapter, from the pair of each module."""
+    """The configuration of an adapter, from the pair of each module.
+
+    Raises:
+      ValueError: `extra` has an entry that follows from the pairs.
+    """
+    if both := sorted(_WORKED_OUT & extra.keys()):
+        raise ValueError(
+            f"`config` has {both}, which follow from the factors and from `alpha=`, "
+            "`scale=` and `rslora=`. Change those instead."
+        )
     ranks = {name: cast(int, pair.rank) for name, pair in layers.items()}
     alphas = {
         name: _tidy(float(cast(float, pair.scale)) * _divisor(ranks[name], rslora))
@@ -52,11 +72,23 @@ def check_config(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"its `peft_type` is {kind!r}, not 'LORA'")
-    for option in ("use_dora", "use_bdlora", "trainable_token_indices"):
+    for option in _NOT_LORA:
         if config.get(option):
             raise ValueError(f"it uses `{option}`, which plain LoRA factors cannot do")
-    if not isinstance(config.get("r"), int) or "lora_alpha" not in config:
-        raise ValueError("it has no `r` or no `lora_alpha`")
+    init = str(config.get("init_lora_weights", True))
+    if init.startswith(_CHANGE_BASE):
+        raise ValueError(
+            f"its `init_lora_weights` is {init!r}, with which PEFT changes the base "
+            "weights; convert it there: `save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)`"
+        )
+    patterns = [config.get(f"{name}_pattern") or {} for name in ("rank", "alpha")]
+    if not all(isinstance(pattern, Mapping) for pattern in patterns):
+        raise ValueError("its `rank_pattern` or `alpha_pattern` is no mapping")
+    numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
+    for name, number in (numbers | patterns[0] | patterns[1]).items():
+        if not (is_real_scalar(number) and math.isfinite(number)):
+            raise ValueError(f"its `{name}` is {number!r}, no finite number")
 
 
 def module_rank(config: Mapping[str, Any], name: str) -> int:
@@ -78,7 +110,11 @@ def _divisor(rank: int, rslora: bool) -> float:
 def _look_up(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """As PEFT's `get_pattern_key`: a regex for the end of the module's name."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        try:
+            matches = re.match(rf"(.*\.)?({key})$", name)
+        except re.error as error:
+            raise ValueError(f"its pattern {key!r} is no regex: {error}") from None
+        if matches:
             return value
     return default
 
@@ -95,7 +131,7 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 def _tidy(alpha: float) -> float:
     """16, not 16.000000000000004."""
     nearest = round(alpha)
-    return nearest if math.isclose(alpha, nearest, rel_tol=1e-9) else alpha
+    return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

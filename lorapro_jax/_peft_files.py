@@ -1,8 +1,8 @@
-"""The two files of a PEFT adapter: each is written whole or not at all."""
+"""The two files of a PEFT adapter, each written whole or not at all."""
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,12 @@ def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     safetensors = _safetensors()
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
+            inner = sorted(x.parent.name for x in path.glob(f"*/{CONFIG}"))
+            hint = f" There are adapters in its folders {inner}." if inner else ""
             raise FileNotFoundError(
                 f"`{path}` has no {name}. A PEFT adapter is a folder with {CONFIG} and "
                 f"{WEIGHTS}; where there is an adapter_model.bin instead, load it with "
-                "PEFT and save it once more."
+                f"PEFT and save it once more.{hint}"
             )
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -70,24 +72,15 @@ def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def _write_beside(path: Path, write: Callable[[Path], Any]) -> Path:
     """A file with another name in the same folder, complete and on disk."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    new = Path(name)
+    new = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         write(new)
-        new.chmod(0o666 & ~_umask())  # mkstemp's files are private
         with new.open("rb") as file:
             os.fsync(file.fileno())
     except BaseException:
-        new.unlink()
+        new.unlink(missing_ok=True)
         raise
     return new
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _safetensors() -> Any:

@@ -1,6 +1,7 @@
 """The factors that a PEFT file has for the pairs of a tree."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -10,9 +11,9 @@ import numpy as np
 from ._layout import LoRAPair, Shape, factor_axes
 from ._peft_arrays import from_peft, peft_shapes
 from ._peft_config import module_rank, module_scale
-from ._peft_names import Index, factor_keys, file_keys
+from ._peft_names import Index, file_keys, is_factor_key
 
-_SHOWN = 8  # problems in one message
+_SHOWN = 4  # problems of a kind in one message
 
 
 class Adapter(NamedTuple):
@@ -43,28 +44,34 @@ class Target(NamedTuple):
     names: Mapping[Index, str]
 
 
-def check_adapter(adapter: Adapter, targets: Sequence[Target]) -> None:
-    """Raises ValueError that lists all that is not the same in file and tree."""
-    due = {
-        key
-        for target in targets
-        for name in target.names.values()
-        for key in file_keys(name, target.pair)
-    }
-    problems = [f"missing in the file: `{key}`" for key in due - adapter.tensors.keys()]
-    for key, is_factor in factor_keys(adapter.tensors.keys() - due):
-        kind = "" if is_factor else ", which is no LoRA factor"
-        problems.append(f"in the file, not in the tree: `{key}`{kind}")
+def check_adapter(
+    adapter: Adapter, targets: Sequence[Target], ignore: str | None
+) -> None:
+    """Raises ValueError that lists what is not the same in file and tree."""
+    missing: list[str] = []
+    wrong: list[str] = []
+    due: set[str] = set()
     for target in targets:
         for name in target.names.values():
-            problems += _differences(adapter, target, name)
+            keys = _keys(adapter, name)
+            due.update(keys)
+            lacking = [key for key in keys if key not in adapter.tensors]
+            missing += [f"missing in the file: `{key}`" for key in lacking]
+            if not lacking:
+                wrong += _differences(adapter, target, name)
+    others = sorted(
+        key
+        for key in adapter.tensors.keys() - due
+        if ignore is None or not re.search(ignore, key)
+    )
+    extra = [f"in the file, not in the tree: `{key}`" for key in others]
+    problems = [_first(x) for x in (missing, extra, wrong) if x]
     if problems:
-        rest = len(problems) - _SHOWN
-        more = f"; and {rest} more" if rest > 0 else ""
-        listed = "; ".join(sorted(problems)[:_SHOWN])
+        hints = ["`module_names=` says what PyTorch calls a layer"]
+        if not all(is_factor_key(key) for key in others):
+            hints.append("`ignore=` leaves out entries that are no factors")
         raise ValueError(
-            f"adapter and tree differ: {listed}{more}. Load it into a model with the "
-            "same adapters; `module_names=` says what PyTorch calls a layer."
+            f"adapter and tree differ: {'; '.join(problems)}. {', '.join(hints)}."
         )
 
 
@@ -77,7 +84,7 @@ def read_factors(adapter: Adapter, target: Target) -> tuple[np.ndarray, np.ndarr
     pair, a, b, names = target
     layers_a, layers_b = [], []
     for name in names.values():
-        key_a, key_b = file_keys(name, pair)
+        key_a, key_b = _keys(adapter, name)
         layers_a.append(adapter.tensors[key_a])
         ratio = module_scale(adapter.config, name) / float(cast(float, pair.scale))
         layers_b.append(_times(adapter.tensors[key_b], ratio))
@@ -90,6 +97,14 @@ def read_factors(adapter: Adapter, target: Target) -> tuple[np.ndarray, np.ndarr
     )
 
 
+def _keys(adapter: Adapter, name: str) -> tuple[str, str]:
+    """Those of an embedding, if the file has them."""
+    embedding = file_keys(name, embedding=True)
+    if any(key in adapter.tensors for key in embedding):
+        return embedding
+    return file_keys(name, embedding=False)
+
+
 def _differences(adapter: Adapter, target: Target, name: str) -> Iterator[str]:
     """What is wrong with one layer that is in the file."""
     pair = target.pair
@@ -97,11 +112,9 @@ def _differences(adapter: Adapter, target: Target, name: str) -> Iterator[str]:
     if wanted != pair.rank:
         yield f"`{name}` has rank {wanted} in the configuration, here {pair.rank}"
     for key, path, shape, axes, is_a in zip(
-        file_keys(name, pair), pair[:2], target[1:3], factor_axes(pair), (True, False),
+        _keys(adapter, name), pair[:2], target[1:3], factor_axes(pair), (True, False),
         strict=True,
     ):  # fmt: skip
-        if key not in adapter.tensors:
-            continue
         found = adapter.tensors[key]
         allowed = peft_shapes(shape, axes, is_a=is_a)
         if found.shape not in allowed:
@@ -113,8 +126,13 @@ def _differences(adapter: Adapter, target: Target, name: str) -> Iterator[str]:
             yield f"`{key}` has dtype {found.dtype}, which is no real floating point"
 
 
+def _first(problems: list[str]) -> str:
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + more
+
+
 def _times(x: np.ndarray, ratio: float) -> np.ndarray:
-    """The same bits where both scales are equal up to how they were written."""
-    if math.isclose(ratio, 1.0, rel_tol=1e-6):
+    """The same bits where the scales are equal; else at least in float32."""
+    if math.isclose(ratio, 1.0, rel_tol=1e-12):
         return x
-    return (x.astype(np.promote_types(x.dtype, np.float32)) * ratio).astype(x.dtype)
+    return x.astype(np.promote_types(x.dtype, np.float32)) * ratio

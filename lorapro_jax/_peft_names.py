@@ -5,7 +5,7 @@ path of a layer in the PyTorch model. Only the user knows what that model calls 
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ NamesSpec: TypeAlias = Mapping[str, str] | Callable[[LoRAPair], str] | None
 """`{regex: template}` on the path of the layer, or a function of the pair."""
 
 Index: TypeAlias = tuple[int, ...]
+"""A layer's positions on the stacked axes; `()` where there are none."""
 
 # The factor's own part of qwix's, tunix's and Keras's names says nothing of the layer.
 _PLAIN_STEMS = frozenset({"", "kernel_", "w_"})
@@ -48,12 +49,16 @@ def name_modules(
 
     Raises:
       ValueError: A layer without a name, or two with the same.
+      TypeError: Names that are no mapping and no function.
     """
+    if not (names is None or callable(names) or isinstance(names, Mapping)):
+        raise TypeError(
+            f"`module_names={names!r}` has to be `{{regex: template}}` or a function."
+        )
     found = []
     owners: dict[str, str] = {}
     for pair, stack in zip(pairs, stacks, strict=True):
-        template = _template(pair, names)
-        layers = {index: template.format(*index) for index in np.ndindex(*stack)}
+        layers = {index: _name(pair, index, names) for index in np.ndindex(*stack)}
         for name in layers.values():
             if name in owners:
                 raise ValueError(_same_name_message(name, owners[name], pair, stack))
@@ -62,38 +67,67 @@ def name_modules(
     return found
 
 
-def file_keys(name: str, pair: LoRAPair) -> tuple[str, str]:
+def file_keys(name: str, *, embedding: bool) -> tuple[str, str]:
     """The keys of A and B of one module in a PEFT file."""
     module = f"base_model.model.{name}"
-    factor = parse_factor_name(pair.a)
-    if factor and factor.group[-2].startswith("embedding"):
+    if embedding:
         return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
-def factor_keys(keys: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Each key of a file, and whether it is called like a factor."""
-    factor = re.compile(
-        r"(?:base_model\.model\.)?(.+)\.lora_(?:[AB]\.weight|embedding_[AB])"
-    )
-    for key in keys:
-        yield key, bool(factor.fullmatch(key))
+def is_factor_key(key: str) -> bool:
+    """Whether an entry of a file is called like a factor."""
+    return bool(re.search(r"\.lora_(?:[AB]\.weight|embedding_[AB])$", key))
 
 
-def _template(pair: LoRAPair, names: NamesSpec) -> str:
-    path = layer_path(pair)
-    if callable(names):
-        return names(pair)
+def is_embedding(pair: LoRAPair) -> bool:
+    """Whether a pair is called like an embedding's, as in Keras and PEFT."""
+    name = parse_factor_name(pair.a)
+    return name is not None and name.group[-2].startswith("embedding")
+
+
+def _name(pair: LoRAPair, index: Index, names: NamesSpec) -> str:
+    """The name of one layer, checked."""
     if names is None:
-        if not path:
-            raise ValueError(
-                f"`{pair.a}` is at the top of the tree, so its layer has no name. Give "
-                "PyTorch's with `module_names=`, such as `{'': 'classifier'}`."
-            )
-        return path.replace("/", ".")
+        template, expand = layer_path(pair).replace("/", "."), None
+    elif callable(names):
+        template, expand = names(pair), None
+    else:
+        template, expand = _match(pair, names)
+    try:
+        # The path may have braces too: they are not for the index.
+        name = template if names is None else template.format(*index)
+        name = name if expand is None else expand(name)
+    except (AttributeError, LookupError, ValueError, re.error) as error:
+        raise ValueError(
+            f"The name {template!r} that `module_names=` has for the layer of "
+            f"`{pair.a}` cannot be filled in: {error}. `{{}}` is for the position on "
+            f"a stacked axis, of which it has {len(index)}, `\\1` for a group of the "
+            "regex."
+        ) from None
+    if not (isinstance(name, str) and re.fullmatch(r"[^\s/]+", name)):
+        raise ValueError(
+            f"The layer of `{pair.a}` would have the PyTorch name {name!r}. Give it "
+            "one with `module_names=`, such as `{'': 'classifier'}` for factors at the "
+            "top of a dict, or a function of the pair."
+        )
+    return name
+
+
+def _match(
+    pair: LoRAPair, names: Mapping[str, str]
+) -> tuple[str, Callable[[str], str]]:
+    """The template of the first regex that matches, and what fills in its groups."""
+    path = layer_path(pair)
     for pattern, template in names.items():
-        if match := re.fullmatch(pattern, path):
-            return match.expand(template)
+        try:
+            match = re.fullmatch(pattern, path)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"{pattern!r} of `module_names=` is no regular expression: {error}."
+            ) from None
+        if match:
+            return template, match.expand
     raise ValueError(
         f"No pattern of `module_names=` matches the whole of {path!r}, the layer of "
         f"`{pair.a}`. Patterns: {list(names)}."

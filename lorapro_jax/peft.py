@@ -14,18 +14,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from ._layout import FactorAxes, LoRAPair, factor_axes
 from ._leaves import index_leaves
 from ._pairs import PairsSpec, find_pairs
-from ._peft_arrays import to_peft
+from ._peft_arrays import like_leaf, on_host, to_peft
 from ._peft_config import check_config, peft_config
 from ._peft_files import read_adapter, write_adapter
 from ._peft_import import Adapter, Target, check_adapter, read_factors
-from ._peft_names import NamesSpec, file_keys, layer_path, name_modules
+from ._peft_names import (
+    NamesSpec,
+    file_keys,
+    is_embedding,
+    layer_path,
+    name_modules,
+)
 from ._scale import ScaleSpec
 
 Tree = TypeVar("Tree")
@@ -42,15 +47,20 @@ def save_peft_adapter(
     stack_axis: int | Sequence[int] | None = None,
     module_names: NamesSpec = None,
     conv: str | None = None,
+    embedding: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     r"""Writes the adapters of a tree as Hugging Face PEFT does.
 
     Stacked layers become one entry each, heads of an einsum are flattened, and every
-    factor keeps its dtype. Leaves that are no factor are left out. Both files are
-    complete on disk before the first of them takes the place of an older one: what
-    goes wrong until then leaves the folder as it was. With several processes all have
-    to call it; the first one writes.
+    factor keeps its dtype. Leaves that are no factor are left out.
+
+    Both files are complete on disk before the first of them takes the place of an
+    older one: what goes wrong until then leaves the folder as it was (a killed process
+    may leave hidden files). Then the two are renamed, one after the other; who reads
+    just then may get new weights with the old configuration, so save adapters of
+    other ranks or scales to a new folder. With several processes all have to call it;
+    the first one writes.
 
     Args:
       path: The folder.
@@ -68,13 +78,16 @@ def save_peft_adapter(
         name, also with `{}`. Default: the path with dots.
       conv: A regex, searched in the same paths: these layers are convolutions with
         A of `(*window, channels, r)`.
+      embedding: Likewise: these are embeddings, as those are anyway whose factors
+        have it in their names (`lora_embedding_A`).
       config: More entries of `adapter_config.json`, such as
-        `{"base_model_name_or_path": "...", "task_type": "CAUSAL_LM"}`. They may also
-        replace what is worked out, such as `target_modules`.
+        `{"base_model_name_or_path": "...", "task_type": "CAUSAL_LM"}`, or other
+        `target_modules`.
 
     Raises:
       ValueError: No pair in the tree, or what `find_pairs` raises; a layer without a
-        name, or two with one.
+        name, or two with one; factors that are no arrays or of a dtype that PyTorch
+        lacks; a bad regex; an entry of `config` that follows from the factors.
       ImportError: safetensors is not installed.
 
     Examples:
@@ -96,16 +109,18 @@ def save_peft_adapter(
     tensors: dict[str, np.ndarray] = {}
     layers: dict[str, LoRAPair] = {}
     for pair, a, _, names in targets:
-        is_conv = conv is not None and re.search(conv, layer_path(pair))
-        window = len(factor_axes(pair)[0].features(len(a))) - 1 if is_conv else 0
-        for factor, axes, is_a in _sides(pair):
-            x = to_peft(_on_host(leaves[factor]), axes, is_a=is_a, window=window)
+        features = factor_axes(pair)[0].features(len(a))
+        window = len(features) - 1 if _is_any(pair, conv, "conv") else 0
+        words = is_embedding(pair) or _is_any(pair, embedding, "embedding")
+        for side, (factor, axes, is_a) in enumerate(_sides(pair)):
+            host = on_host(factor, leaves[factor])
+            x = to_peft(host, axes, is_a=is_a, window=window)
             for index, name in names.items():
-                tensors[file_keys(name, pair)[0 if is_a else 1]] = x[index]
+                tensors[file_keys(name, embedding=words)[side]] = x[index]
         layers |= dict.fromkeys(names.values(), pair)
+    entries = peft_config(layers, rslora=rslora, extra=config or {})
     try:
         if jax.process_index() == 0:
-            entries = peft_config(layers, rslora=rslora, extra=config or {})
             write_adapter(Path(path), tensors, entries)
     finally:
         if jax.process_count() > 1:
@@ -122,13 +137,14 @@ def load_peft_adapter(
     pairs: PairsSpec | None = None,
     stack_axis: int | Sequence[int] | None = None,
     module_names: NamesSpec = None,
+    ignore: str | None = None,
 ) -> Tree:
     """Reads an adapter of Hugging Face PEFT into a tree.
 
     What the model computes is what PEFT computes: where the file's scale (of
     `lora_alpha`, `use_rslora` and the patterns) is another than the model's, B is
     multiplied by their ratio. With equal scales the factors are the file's bits,
-    cast to the dtypes of the tree.
+    cast to the dtypes of the tree. Convolutions and embeddings show in the file.
 
     Args:
       path: The folder with `adapter_model.safetensors` and `adapter_config.json`.
@@ -140,6 +156,9 @@ def load_peft_adapter(
       pairs: See `lorapro`.
       stack_axis: See `lorapro`.
       module_names: See `save_peft_adapter`.
+      ignore: A regex, searched in the keys of the file: these entries may be there
+        without a place in the tree, such as a head (`modules_to_save`), biases, or
+        the `base_layer` of an embedding.
 
     Returns:
       A tree like the template with the factors of the file; all other leaves are the
@@ -147,9 +166,10 @@ def load_peft_adapter(
 
     Raises:
       FileNotFoundError: A file of the adapter is missing.
-      ValueError: A damaged file, an adapter that is more than LoRA factors (DoRA),
-        or layers, ranks or shapes that are not those of the template, all named in
-        one message; no pair in the template, or what `find_pairs` raises.
+      ValueError: A damaged file, an adapter that is more than LoRA factors (DoRA) or
+        changes the base weights (PiSSA), or layers, ranks or shapes that are not those
+        of the template, listed in one message; a factor that overflows the dtype of
+        the template; no pair in the template, or what `find_pairs` raises.
       ImportError: safetensors is not installed.
     """
     options = {"scale": scale, "alpha": alpha, "rslora": rslora}
@@ -159,7 +179,7 @@ def load_peft_adapter(
     adapter = Adapter(*read_adapter(Path(path)))
     try:
         check_config(adapter.config)
-        check_adapter(adapter, targets)
+        check_adapter(adapter, targets, ignore)
     except ValueError as error:
         raise ValueError(f"`{os.fspath(path)}` cannot be loaded: {error}") from None
 
@@ -168,7 +188,7 @@ def load_peft_adapter(
     for target in targets:
         factors = read_factors(adapter, target)
         for name, x in zip(target.pair[:2], factors, strict=True):
-            leaves[index[name].position] = _like(x, index[name].value)
+            leaves[index[name].position] = like_leaf(name, x, index[name].value)
     filled: Tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
     return filled
 
@@ -199,19 +219,9 @@ def _sides(pair: LoRAPair) -> Iterator[tuple[str, FactorAxes, bool]]:
     return zip(pair[:2], factor_axes(pair), (True, False), strict=True)
 
 
-def _on_host(x: Any) -> np.ndarray:
-    """All of an array, also of one that other processes hold a part of."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-
-def _like(x: np.ndarray, leaf: Any) -> Any:
-    """`x` with the dtype and the sharding of a leaf."""
-    x = x.astype(leaf.dtype)
-    if isinstance(leaf, np.ndarray):
-        return x
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or not getattr(leaf, "committed", True):
-        return jnp.asarray(x)
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+def _is_any(pair: LoRAPair, pattern: str | None, option: str) -> bool:
+    """Whether the layer of a pair is one of those that an option means."""
+    try:
+        return pattern is not None and bool(re.search(pattern, layer_path(pair)))
+    except (re.error, TypeError) as error:
+        raise ValueError(f"`{option}={pattern!r}` is no regex: {error}.") from None

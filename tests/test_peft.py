@@ -123,7 +123,10 @@ def test_convolutions_have_their_channels_first_and_come_back(tmp_path):
     np.testing.assert_array_equal(tensors[key("A")], np.einsum("xwcr->rcxw", a))
     np.testing.assert_array_equal(tensors[key("B")][:, :, 0, 0], b.T)
     assert tensors[key("B")].shape == (5, 2, 1, 1)
-    chex.assert_trees_all_equal(load_peft_adapter(tmp_path, tree), tree)
+    solid = tree_of("conv/lora_{}", "wdxcr", "rf")
+    for kernel in (tree, solid):
+        save_peft_adapter(tmp_path, kernel, conv="conv")
+        chex.assert_trees_all_equal(load_peft_adapter(tmp_path, kernel), kernel)
 
 
 def test_factors_in_pytorch_order_are_saved_as_they_are(tmp_path):
@@ -141,6 +144,11 @@ def test_embeddings_have_their_own_keys(tmp_path):
     prefix = "base_model.model.words.lora_embedding_"
     assert read(tmp_path)[0].keys() == {f"{prefix}A", f"{prefix}B"}
     chex.assert_trees_all_equal(load_peft_adapter(tmp_path, tree), tree)
+
+    plain = tree_of("words/lora_{}", "dr", "rf")
+    save_peft_adapter(tmp_path / "plain", plain, embedding="words")
+    assert read(tmp_path / "plain")[0].keys() == {f"{prefix}A", f"{prefix}B"}
+    chex.assert_trees_all_equal(load_peft_adapter(tmp_path / "plain", plain), plain)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -223,6 +231,9 @@ def test_damaged_or_missing_configuration_is_one_error(tmp_path):
     (tmp_path / CONFIG).unlink()
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
         load_peft_adapter(tmp_path, pair_tree())
+    save_peft_adapter(tmp_path / "inner", pair_tree())
+    with pytest.raises(FileNotFoundError, match=r"adapters in its folders \['inner'\]"):
+        load_peft_adapter(tmp_path, pair_tree())
 
 
 @pytest.mark.parametrize(
@@ -230,15 +241,26 @@ def test_damaged_or_missing_configuration_is_one_error(tmp_path):
     [
         ({"peft_type": "VERA"}, "`peft_type` is 'VERA'"),
         ({"use_dora": True}, "`use_dora`"),
-        ({"r": None}, "no `r`"),
+        ({"alora_invocation_tokens": [3]}, "`alora_invocation_tokens`"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
+        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+        ({"r": None}, "`r` is None, no finite number"),
+        ({"lora_alpha": "x"}, "`lora_alpha` is 'x'"),
+        ({"lora_alpha": math.nan}, "`lora_alpha` is nan"),
+        ({"alpha_pattern": {"up": None}}, "`up` is None"),
+        ({"alpha_pattern": [1]}, "is no mapping"),
+        ({"rank_pattern": {"(": 2}}, "is no regex"),
         ({"r": 4}, r"`mlp\.up` has rank 4 in the configuration, here 2"),
         ({"rank_pattern": {"up": 8}}, "rank 8 in the configuration"),
     ],
 )
 def test_configuration_of_another_adapter_is_one_error(entries, match, tmp_path):
-    save_peft_adapter(tmp_path, pair_tree(), config=entries)
-    with pytest.raises(ValueError, match=match):
+    save_peft_adapter(tmp_path, pair_tree())
+    config = read(tmp_path)[1] | entries
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=match) as error:
         load_peft_adapter(tmp_path, pair_tree())
+    assert str(tmp_path) in str(error.value)
 
 
 def test_all_differences_of_the_layers_are_in_one_message(tmp_path):
@@ -258,13 +280,96 @@ def test_all_differences_of_the_layers_are_in_one_message(tmp_path):
     assert "two" not in str(error.value)
 
 
-def test_a_weight_that_is_no_factor_is_not_dropped_silently(tmp_path):
+def test_a_weight_that_is_no_factor_is_left_out_only_on_request(tmp_path):
     save_peft_adapter(tmp_path, pair_tree())
     tensors, _ = read(tmp_path)
     head = {"base_model.model.classifier.weight": np.ones((2, 2), np.float32)}
     safetensors.numpy.save_file(tensors | head, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match=r"classifier.weight`, which is no LoRA fac"):
+    with pytest.raises(ValueError, match=r"classifier\.weight`.* `ignore=` leaves out"):
         load_peft_adapter(tmp_path, pair_tree())
+    back = load_peft_adapter(tmp_path, pair_tree(), ignore=r"classifier\.weight$")
+    chex.assert_trees_all_equal(back, pair_tree())
+
+
+def test_wrong_names_of_many_layers_show_both_sides(tmp_path):
+    tree = {f"l{i}": pair_tree() for i in range(12)}
+    save_peft_adapter(tmp_path, tree)
+    names = {"l(.*)/mlp/up": r"layer.\1.up"}
+    with pytest.raises(ValueError, match="missing in the file") as error:
+        load_peft_adapter(tmp_path, tree, module_names=names)
+    for part in (
+        "layer.0.up",
+        "not in the tree: `base_model.model.l0.mlp.up",
+        "20 more",
+    ):
+        assert part in str(error.value)
+
+
+def test_rescaled_factors_are_as_precise_as_the_tree(tmp_path):
+    """And a factor that the tree cannot hold is an error, not inf."""
+    tree = jax.tree.map(lambda x: x.astype(jnp.bfloat16), pair_tree())
+    save_peft_adapter(tmp_path, tree, scale=1.5)
+    back = load_peft_adapter(tmp_path, pair_tree(1), scale=1.7)["mlp"]["up"]["lora_b"]
+    exact = np.asarray(tree["mlp"]["up"]["lora_b"], np.float64) * (1.5 / 1.7)
+    np.testing.assert_allclose(back, exact, rtol=1e-6)
+    assert np.abs(exact.astype(jnp.bfloat16) - exact).max() > 1e-3  # control
+
+    half = jax.tree.map(lambda x: x.astype(jnp.float16), pair_tree())
+    load_peft_adapter(tmp_path, half, scale=1.0)
+    with pytest.raises(ValueError, match=r"lora_b` does not fit float16"):
+        load_peft_adapter(tmp_path, half, scale=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tree", "match"),
+    [
+        (jax.eval_shape(pair_tree), "ShapeDtypeStruct"),
+        (pair_tree(dtype=jnp.float8_e4m3fn), "float8_e4m3fn"),
+    ],
+)
+def test_factors_that_pytorch_cannot_hold_are_errors(tree, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        save_peft_adapter(tmp_path, tree)
+
+
+@pytest.mark.parametrize(
+    "name", ["l.{}.q", "{", "{x}", r"\2", None, 3, "", "a/b", "two words"]
+)
+def test_names_that_cannot_be_are_errors(name, tmp_path):
+    for names in ({".*": name}, lambda pair: name):
+        if callable(names) and name == r"\2":
+            continue  # a function's name is not a template of groups
+        with pytest.raises(ValueError, match=r"`mlp/up/lora_a`") as error:
+            save_peft_adapter(tmp_path, pair_tree(), module_names=names)
+        assert "module_names=" in str(error.value)
+
+
+def test_braces_in_paths_and_groups_are_just_letters(tmp_path):
+    tree = {"q{x}": pair_tree()["mlp"]["up"]}
+    save_peft_adapter(tmp_path, tree)
+    assert read(tmp_path)[1]["target_modules"] == ["q{x}"]
+    save_peft_adapter(tmp_path, tree, module_names={"(.*)": r"m.\1"})
+    assert read(tmp_path)[1]["target_modules"] == ["m.q{x}"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        (
+            {"config": {"use_rslora": True}},
+            ValueError,
+            r"\['use_rslora'\], which follow",
+        ),
+        ({"module_names": "x"}, TypeError, "module_names='x'"),
+        ({"module_names": {"(": "x"}}, ValueError, "'\\(' of `module_names=`"),
+        ({"conv": "("}, ValueError, r"`conv='\('` is no regex"),
+        ({"embedding": 3}, ValueError, "`embedding=3` is no regex"),
+    ],
+)
+def test_options_that_cannot_be_are_errors(options, error, match, tmp_path):
+    with pytest.raises(error, match=match):
+        save_peft_adapter(tmp_path / "adapter", pair_tree(), **options)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_integer_weights_are_refused(tmp_path):
@@ -280,7 +385,7 @@ def test_integer_weights_are_refused(tmp_path):
     ("tree", "options", "match"),
     [
         ({"head": jnp.ones(3)}, {}, "No LoRA pair in the tree"),
-        (tree_of("lora_{}", "dr", "rf"), {}, "at the top of the tree"),
+        (tree_of("lora_{}", "dr", "rf"), {}, "the PyTorch name ''"),
         (pair_tree(), {"module_names": {"mlp": "m"}}, "matches the whole of 'mlp/up'"),
         (tree_of("l/lora_{}", "Ldr", "Lrf"), {}, r"Put `\{\}` into the name"),
         ({"a": pair_tree(), "b": pair_tree()}, {"module_names": {".*": "m"}},
