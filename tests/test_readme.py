@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-def test_code_blocks_run_in_order_in_one_session():
+def test_code_blocks_run_in_order_in_one_session(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where they may leave files
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert len(blocks) >= 2
     session: dict[str, object] = {}
