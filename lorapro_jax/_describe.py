@@ -19,7 +19,7 @@ def describe_pairs(tree: Any, **options: Any) -> str:
 
     Returns:
       One line a pair: path, shapes, layout, stacked axes, rank, scale; and the other
-      leaves with "lora" in their path, if there are any.
+      leaves with "lora" in their path, if there are any. Or that there is none.
 
     Raises:
       ValueError: As `find_pairs`.
@@ -34,6 +34,8 @@ def describe_pairs(tree: Any, **options: Any) -> str:
     """
     pairs = find_pairs(tree, **options)
     leaves = index_leaves(tree)
+    if not pairs:
+        return f"no LoRA pair among {len(leaves)} leaves"
     rows: list[Row] = [("pair", "A", "B", "layout", "stacked", "rank", "scale")]
     rows += [_row(pair, leaves[pair.a].shape, leaves[pair.b].shape) for pair in pairs]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -71,6 +73,8 @@ def _letters(shape: Shape, axes: FactorAxes, feature: str) -> str:
 def _joint_path(a: str, b: str) -> str:
     """`q/lora_{a,b}` for `q/lora_a` and `q/lora_b`."""
     head = _common_start(a, b)
+    while head and a[head - 1].isdigit():  # 12 and 13 are not 1{2,3}
+        head -= 1
     start, a, b = a[:head], a[head:], b[head:]
     tail = _common_start(a[::-1], b[::-1])
     inner = f"{a[: len(a) - tail]},{b[: len(b) - tail]}"

@@ -58,12 +58,13 @@ def in_compute_dtype(pair: PairArrays) -> PairArrays:
 
 
 def largest_entry(pair: PairArrays) -> jax.Array:
-    """The largest absolute value in either factor, `(*batch)`."""
+    """The largest absolute value in either factor, `(*batch)`, on every device."""
 
     def largest(x: jax.Array, axes: FactorAxes) -> jax.Array:
         return jnp.abs(x).max(axis=(axes.rank, *axes.features(x.ndim)))
 
-    return jnp.maximum(largest(pair.a, pair.a_axes), largest(pair.b, pair.b_axes))
+    entries = largest(pair.a, pair.a_axes), largest(pair.b, pair.b_axes)
+    return jnp.maximum(*map(replicated, entries))
 
 
 def replicated(x: jax.Array) -> jax.Array:
@@ -76,10 +77,19 @@ def replicated(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, sharding) if sharding else x
 
 
+def beside(small: jax.Array, x: jax.Array, axes: FactorAxes) -> jax.Array:
+    """The scalars or small matrices of all layers, where a factor has its layers.
+
+    Its partner may have them elsewhere, which an explicit mesh would not mix.
+    """
+    sharding = _explicit_sharding(x, axes.batch)
+    return jax.sharding.reshard(small, sharding) if sharding else small
+
+
 def times(scalars: jax.Array, x: jax.Array, axes: FactorAxes) -> jax.Array:
     """A factor times one scalar for each batch element, `(*batch)`."""
     others = (axes.rank, *axes.features(x.ndim))
-    return jnp.expand_dims(scalars.astype(x.dtype), others) * x
+    return jnp.expand_dims(beside(scalars.astype(x.dtype), x, axes), others) * x
 
 
 def contract(x: jax.Array, y: jax.Array, axes: FactorAxes) -> jax.Array:
@@ -103,6 +113,7 @@ def apply(matrix: jax.Array, x: jax.Array, axes: FactorAxes) -> jax.Array:
 
     For A that is `M A`, for B `B Mᵀ`.
     """
+    matrix = beside(matrix, x, axes)
     front = tuple(range(len(axes.batch)))
     columns = len(front) + 1
     features = axes.features(x.ndim)

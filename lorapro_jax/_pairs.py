@@ -100,7 +100,7 @@ def _read_explicit(
 ) -> list[LoRAPair]:
     """The pairs that the user names, with what they leave out filled in."""
     pairs: list[LoRAPair] = []
-    owners: dict[str, str] = {}
+    owners: dict[str, LoRAPair] = {}
     given_pairs: Any = spec(tree) if callable(spec) else spec
     for given in given_pairs if np.iterable(given_pairs) else [given_pairs]:
         pair = _as_pair(given)
@@ -109,10 +109,10 @@ def _read_explicit(
                 raise ValueError(_unknown_path_message(tree, leaves, path))
             if path in owners:
                 raise ValueError(
-                    f"`{path}` belongs to two of the given `pairs`: to "
-                    f"`{owners[path]}` and to `{pair.a}`. Name each factor once."
+                    f"`{path}` belongs to two of the given `pairs`: {owners[path][:2]} "
+                    f"and {pair[:2]}. Name each factor once."
                 )
-            owners[path] = pair.a
+            owners[path] = pair
         name = parse_factor_name(pair.a)
         layouts = name.layouts if name else ("jax", "torch")
         pairs.append(_read_pair(pair, leaves, layouts, stack_axis))

@@ -74,7 +74,10 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"its `peft_type` is {kind!r}, not 'LORA'")
     for option in _NOT_LORA:
         if config.get(option):
-            raise ValueError(f"it uses `{option}`, which plain LoRA factors cannot do")
+            raise ValueError(
+                f"it uses `{option}`, which plain factors cannot do; merge it into "
+                "its model with PEFT, and take the weights"
+            )
     init = str(config.get("init_lora_weights", True))
     if init.startswith(_CHANGE_BASE):
         raise ValueError(

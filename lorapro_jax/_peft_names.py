@@ -96,20 +96,21 @@ def _name(pair: LoRAPair, index: Index, names: NamesSpec) -> str:
         template, expand = _match(pair, names)
     try:
         # The path may have braces too: they are not for the index.
-        name = template if names is None else template.format(*index)
+        name = template if names is None else str.format(template, *index)
         name = name if expand is None else expand(name)
-    except (AttributeError, LookupError, ValueError, re.error) as error:
+    except (TypeError, LookupError, ValueError, re.error) as error:
         raise ValueError(
             f"The name {template!r} that `module_names=` has for the layer of "
             f"`{pair.a}` cannot be filled in: {error}. `{{}}` is for the position on "
             f"a stacked axis, of which it has {len(index)}, `\\1` for a group of the "
             "regex."
         ) from None
-    if not (isinstance(name, str) and re.fullmatch(r"[^\s/]+", name)):
+    if not (name.isprintable() and re.fullmatch(r"[^\s/]+", name)):
         raise ValueError(
             f"The layer of `{pair.a}` would have the PyTorch name {name!r}. Give it "
             "one with `module_names=`, such as `{'': 'classifier'}` for factors at the "
-            "top of a dict, or a function of the pair."
+            "top of a dict, `{'(.*)': r'model.\\1'}` with a raw string where there are "
+            "groups, or a function of the pair."
         )
     return name
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ._adjust import Step
-from ._factors import PairArrays, apply, contract, largest_entry, times
+from ._factors import PairArrays, apply, contract, largest_entry, replicated, times
 from ._layout import FactorAxes
 from ._linalg import power_of_two, safe_norm
 
@@ -53,7 +53,9 @@ def norm(pair: PairArrays, a: jax.Array, b: jax.Array) -> jax.Array:
     left, right = (e.b, e.grad_b), (e.grad_a, e.a)
     grams_b = [contract(x, y, pair.b_axes) for x in left for y in left]
     grams_a = [contract(x, y, pair.a_axes) for x in right for y in right]
-    products = [x * y for x, y in zip(grams_b, grams_a, strict=True)]
+    products = [
+        replicated(x) * replicated(y) for x, y in zip(grams_b, grams_a, strict=True)
+    ]
     square = jnp.maximum(jnp.stack(products).sum((0, -2, -1)), 0)
     scale = jnp.abs(jnp.asarray(pair.scale, square.dtype))
     return safe_norm(scale * unit * jnp.sqrt(square))

@@ -209,6 +209,7 @@ def _no_pairs_message(tree: optax.Params) -> str:
     return (
         f"No LoRA pair among the {len(paths)} leaves, such as {paths[:4]}. Factors are "
         "known by names like `lora_a` and `lora_b`, `kernel_lora_a`, `lora_A.weight`, "
-        "`lora/a`, `lora_down`. Give others with `pairs=[(path of A, path of B)]`, or "
-        "pass `on_no_pairs='ignore'` to let such a tree through."
+        "`lora/a`, `lora_down`. Give others with `pairs=[(path of A, path of B)]` (for "
+        "Keras's lists, `lorapro_jax.keras.keras_pairs(model)`), or pass "
+        "`on_no_pairs='ignore'` to let such a tree through."
     )

@@ -65,7 +65,9 @@ def save_peft_adapter(
     Args:
       path: The folder.
       params: A tree with the factors, such as `nnx.state(model, nnx.LoRAParam)`.
-      scale: The s that the model multiplies B A by; see `lorapro`.
+      scale: The s that the model multiplies B A by; see `lorapro`. Give what the
+        optimizer got: the file says nothing else of s, and with a wrong one PyTorch
+        computes something else.
       alpha: The same as alpha, to be divided by the rank; see `lorapro`.
       rslora: Whether by its square root; also `use_rslora` of the file.
       pairs: See `lorapro`.
@@ -156,9 +158,9 @@ def load_peft_adapter(
       pairs: See `lorapro`.
       stack_axis: See `lorapro`.
       module_names: See `save_peft_adapter`.
-      ignore: A regex, searched in the keys of the file: these entries may be there
-        without a place in the tree, such as a head (`modules_to_save`), biases, or
-        the `base_layer` of an embedding.
+      ignore: A regex, searched in the keys of the file: entries without a place in
+        the tree that are left out, factors too. `"classifier|base_layer"` is for a
+        head that PEFT saved (`modules_to_save`) and the weight of an embedding.
 
     Returns:
       A tree like the template with the factors of the file; all other leaves are the

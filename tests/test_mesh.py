@@ -25,6 +25,16 @@ LAYOUTS = {
         "layers": {"lora_a": P("y"), "lora_b": P("y", None, "x")},
         "heads": {"lora_a": P("y"), "lora_b": P()},
     },
+    "layers of one factor": {
+        "lora_a": P("y", None), "lora_b": P(),
+        "layers": {"lora_a": P("y"), "lora_b": P(None, None, "y")},
+        "heads": {"lora_a": P("y", "x", None), "lora_b": P(None, "x")},
+    },
+    "layers of the other": {
+        "lora_a": P(), "lora_b": P(),
+        "layers": {"lora_a": P(None, "x"), "lora_b": P("y", None, "x")},
+        "heads": {"lora_a": P(), "lora_b": P()},
+    },
     "rank": {
         "lora_a": P(None, "y"), "lora_b": P("y"),
         "layers": {"lora_a": P(None, None, "y"), "lora_b": P(None, "y")},
@@ -85,6 +95,8 @@ def test_sharded_result_equals_one_device_and_keeps_the_sharding(
         received = jax.jit(functools.partial(two_steps, tx))(params, state, *grads)
 
     chex.assert_trees_all_close(received, on_one_device(name), rtol=1e-3, atol=1e-5)
+    if layout.startswith("layers of") and axis_type is AxisType.Auto:
+        return  # there the compiler may put a step where the partner has its layers
     for old, new in zip(
         *map(jax.tree.leaves, ((params, state), received)), strict=True
     ):
@@ -110,7 +122,9 @@ def collectives(program):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("layout", ["features", "layers", "replicated"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_only_rank_sized_blocks_travel_between_devices(name, layout, axis_type):
+def test_only_rank_sized_blocks_travel_between_devices(
+    name, layout, axis_type, quick_compiles
+):
     """Reductions where features are sharded; a layer's Grams where layers are.
 
     The one eigendecomposition of all pairs needs the Gram matrices of all layers.

@@ -333,7 +333,7 @@ def test_factors_that_pytorch_cannot_hold_are_errors(tree, match, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["l.{}.q", "{", "{x}", r"\2", None, 3, "", "a/b", "two words"]
+    "name", ["l.{}.q", "{", "{x}", r"\2", "\1", None, 3, "", "a/b", "two words"]
 )
 def test_names_that_cannot_be_are_errors(name, tmp_path):
     for names in ({".*": name}, lambda pair: name):
