@@ -148,7 +148,7 @@ def test_only_rank_sized_blocks_travel_between_devices(
         assert {shape for _, shape in sent} <= BLOCKS
 
 
-def test_control_reshaping_a_sharded_factor_would_gather_it():
+def test_control_reshaping_a_sharded_factor_would_gather_it(quick_compiles):
     """What the contraction over separate axes avoids, and that the check sees it."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     heads = put(random_tree(0), mesh, LAYOUTS["features"])["heads"]["lora_a"]
