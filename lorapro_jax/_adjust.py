@@ -27,9 +27,11 @@ from ._factors import (
     replicated,
     times,
 )
+from ._layout import FactorAxes
 from ._linalg import (
     Eigh,
     eigh_psd,
+    matmul,
     power_of_two,
     split_batches,
     stack_square,
@@ -43,12 +45,13 @@ class Spectra(NamedTuple):
     """The Gram matrices of N pairs in their eigenbases, as one stack.
 
     Attributes:
-      units: `(N,)`, the power of two that a pair's factors were multiplied with.
+      units: `(*batch)` of each pair, the power of two that its factors were
+        multiplied with.
       b: Of BᵀB, `(N, R)` and `(N, R, R)`.
       a: Of AAᵀ, likewise.
     """
 
-    units: jax.Array
+    units: Sequence[jax.Array]
     b: Eigh
     a: Eigh
 
@@ -78,10 +81,9 @@ def decompose(pairs: Sequence[PairArrays]) -> Spectra:
     """The eigendecompositions that serve every gradient at the same factors."""
     # In units of its larger factor no Gram matrix over- or underflows; in powers of
     # two that costs no accuracy.
-    units = 1 / power_of_two(_stack([largest_entry(pair) for pair in pairs]))
-    per_pair = split_batches(units, [pair.batch for pair in pairs])
+    units = [1 / power_of_two(largest_entry(pair)) for pair in pairs]
     grams_a, grams_b = [], []
-    for pair, unit in zip(pairs, per_pair, strict=True):
+    for pair, unit in zip(pairs, units, strict=True):
         a, b = times(unit, pair.a, pair.a_axes), times(unit, pair.b, pair.b_axes)
         grams_a.append(contract(a, a, pair.a_axes))
         grams_b.append(contract(b, b, pair.b_axes))
@@ -99,31 +101,35 @@ def solve(
     gauge: Gauge,
 ) -> list[Step]:
     """As `adjust`, with the `decompose` of pairs that have the same factors."""
-    batches = [pair.batch for pair in pairs]
     units = spectra.units
     # A gradient's own unit is s times the factors'.
-    weights = units / _stack([jnp.full(pair.batch, pair.scale) for pair in pairs])
+    weights = [unit / pair.scale for pair, unit in zip(pairs, units, strict=True)]
     crosses = [
         contract(pair.grad_a, times(unit, pair.a, pair.a_axes), pair.a_axes)
-        for pair, unit in zip(pairs, split_batches(units, batches), strict=True)
+        for pair, unit in zip(pairs, units, strict=True)
     ]
-    # From here to the end all pairs are one stack of small matrices.
-    cross = weights[:, None, None] * _stack_square(crosses)
-    on_grad_a, on_a, on_grad_b, on_b = coefficients(
-        spectra.b, spectra.a, cross, _ranks(pairs), damping, gauge
+    # From here to the coefficients all pairs are one stack of small matrices.
+    on_factor, on_grad = (_stack(x)[:, None, None] for x in (units, weights))
+    bases, blocks = coefficients(
+        spectra.b,
+        spectra.a,
+        on_grad * _stack_square(crosses),
+        _ranks(pairs),
+        damping,
+        gauge,
     )
     # Half of the scale before the skinny product, half behind: weight² may overflow.
-    matrices = Coefficients(
-        weights[:, None, None] * on_grad_a,
-        units[:, None, None] * on_a,
-        weights[:, None, None] * on_grad_b,
-        units[:, None, None] * on_b,
-    )
-    per_pair = zip(*(split_batches(x, batches) for x in matrices), strict=True)
+    size = blocks.shape[-2]
+    halves = jnp.where(np.arange(2 * size) < size, on_grad, on_factor)
+    batches = [pair.batch for pair in pairs]
     return [
-        _apply(pair, Coefficients(*xs), weight)
-        for pair, xs, weight in zip(
-            pairs, per_pair, split_batches(weights, batches), strict=True
+        _apply(pair, Coefficients(*both), weight)
+        for pair, *both, weight in zip(
+            pairs,
+            split_batches(bases, batches),
+            split_batches(halves[:, None] * blocks, batches),
+            weights,
+            strict=True,
         )
     ]
 
@@ -146,14 +152,26 @@ def lora_gradients(pair: PairArrays, x: jax.Array) -> Step:
     return scale * grad_a, scale * grad_b
 
 
-def _apply(pair: PairArrays, matrices: Coefficients, weight: jax.Array) -> Step:
-    """The adjusted gradients of one pair from its coefficients."""
-    on_grad_a, on_a, on_grad_b, on_b = (
-        x[..., : pair.rank, : pair.rank].astype(pair.a.dtype) for x in matrices
+def _apply(pair: PairArrays, coefficients: Coefficients, weight: jax.Array) -> Step:
+    """The adjusted gradients of one pair from its coefficients.
+
+    The last product of the coefficients is left to each pair: what reads the result
+    is then the same program for all pairs of a shape, and compiled once. What reads
+    a slice of the stack is another program for each.
+    """
+    product = matmul(*coefficients).astype(pair.a.dtype)
+    r, size = pair.rank, product.shape[-2]
+    on_grad, on_factor = product[..., :r, :r], product[..., :r, size : size + r]
+
+    def combined(i: int, grad: jax.Array, x: jax.Array, axes: FactorAxes) -> jax.Array:
+        of_grad = apply(on_grad[..., i, :, :], grad, axes)
+        step = of_grad + apply(on_factor[..., i, :, :], x, axes)
+        return times(weight, step, axes)
+
+    return (
+        combined(0, pair.grad_a, pair.a, pair.a_axes),
+        combined(1, pair.grad_b, pair.b, pair.b_axes),
     )
-    a = apply(on_grad_a, pair.grad_a, pair.a_axes) - apply(on_a, pair.a, pair.a_axes)
-    b = apply(on_grad_b, pair.grad_b, pair.b_axes) - apply(on_b, pair.b, pair.b_axes)
-    return times(weight, a, pair.a_axes), times(weight, b, pair.b_axes)
 
 
 def _ranks(pairs: Sequence[PairArrays]) -> np.ndarray:

@@ -19,21 +19,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._linalg import Eigh, reciprocal, rounding_level
+from ._linalg import Eigh, matmul, reciprocal, rounding_level
 
 Gauge: TypeAlias = Literal["sylvester", "symmetric", "zero"]
 
 
 class Coefficients(NamedTuple):
-    """Four r×r matrices that turn factors and gradients into adjusted gradients.
+    """Four r×r matrices for each pair, up to the last product: `bases @ blocks`.
 
-    `a = grad_a g_A - factor_a A` and `b = g_B grad_bᵀ - B factor_bᵀ`.
+    That product is `[[C_1, C_2], [C_3, C_4]]`, and `a = C_1 g_A + C_2 A`,
+    `b = g_B C_3ᵀ + B C_4ᵀ`.
+
+    Attributes:
+      bases: U and V, `(N, 2, R, R)`.
+      blocks: `(N, 2, R, 2 R)`.
     """
 
-    grad_a: jax.Array
-    factor_a: jax.Array
-    grad_b: jax.Array
-    factor_b: jax.Array
+    bases: jax.Array
+    blocks: jax.Array
 
 
 def coefficients(
@@ -64,7 +67,7 @@ def coefficients(
       gauge: One of the above.
 
     Returns:
-      Four stacks `(N, R, R)`; the top left r×r corner of each matrix counts.
+      Their stacks; the top left r×r corner of each matrix counts.
     """
     (lam, u), (mu, v) = eig_b, eig_a
     dtype = cross.dtype
@@ -73,7 +76,7 @@ def coefficients(
 
     inverse_b = _damped_inverse(lam, e, ranks)
     inverse_a = _damped_inverse(mu, e, ranks)
-    k = _matmul(_matmul(u.mT, cross), v)
+    k = matmul(matmul(u.mT, cross), v)
     # A direction that a factor lacks has no cross term, only rounding noise.
     k = jnp.where((inverse_b[:, :, None] == 0) | (inverse_a[:, None, :] == 0), 0, k)
     shared = k * reciprocal(lam[:, :, None] + mu[:, None, :] + e[:, :, None])
@@ -83,12 +86,10 @@ def coefficients(
     elif gauge == "zero":
         on_a, on_b = jnp.zeros_like(on_a), on_a + on_b
 
-    return Coefficients(
-        grad_a=_matmul(u * inverse_b[:, None, :], u.mT),
-        factor_a=_matmul(_matmul(u, on_a), v.mT),
-        grad_b=_matmul(v * inverse_a[:, None, :], v.mT),
-        factor_b=_matmul(_matmul(v, on_b.mT), u.mT),
-    )
+    of_a = inverse_b[:, :, None] * u.mT, -matmul(on_a, v.mT)
+    of_b = inverse_a[:, :, None] * v.mT, -matmul(on_b.mT, u.mT)
+    blocks = [jnp.concatenate(x, axis=-1) for x in (of_a, of_b)]
+    return Coefficients(jnp.stack([u, v], axis=1), jnp.stack(blocks, axis=1))
 
 
 def _damped_inverse(values: jax.Array, e: jax.Array, ranks: np.ndarray) -> jax.Array:
@@ -99,7 +100,3 @@ def _damped_inverse(values: jax.Array, e: jax.Array, ranks: np.ndarray) -> jax.A
     """
     lost = (values == 0) & (e < rounding_level(values, ranks))
     return jnp.where(lost, 0, reciprocal(values + e))
-
-
-def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

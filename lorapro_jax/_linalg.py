@@ -110,6 +110,11 @@ def rounding_level(values: jax.Array, sizes: np.ndarray) -> jax.Array:
     return jnp.asarray(roundings, values.dtype) * eps * values[:, -1:]
 
 
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x @ y` at the highest precision, batched."""
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
 def reciprocal(x: jax.Array) -> jax.Array:
     """`1/x` of `x >= 0`, and 0 where `x` is 0: the pseudo-inverse of a diagonal."""
     zero = x < jnp.finfo(x.dtype).tiny  # a subnormal's reciprocal overflows
