@@ -35,7 +35,7 @@ from lorapro_jax import lorapro, lorapro_adamw
 
 from .measure import Contender, machine
 
-RANK, RATE = 8, 1e-3
+RANK, RATE = 8, 1e-4
 RESULTS = Path(__file__).parent / "results"
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "LoRA, AdamW": lambda: optax.adamw(RATE),
