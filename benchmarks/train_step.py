@@ -14,7 +14,6 @@ most that it should be.
 """
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -73,11 +72,10 @@ MODELS = {
 }  # fmt: skip
 
 
-def contender(model: Model, name: str) -> Contender:
+def contender(model: Model, batch: Data, name: str) -> Contender:
     """A compiled training step, donated, that lowers the loss of its batch."""
     graph, trainable, frozen = nnx.split(model.new(), nnx.LoRAParam, ...)
     tx = OPTIMIZERS[name]()
-    batch = jax.tree.map(lambda x: x[: model.batch], model.load())
 
     def loss_fn(trainable, frozen, batch):
         return loss_and_accuracy(nnx.merge(graph, trainable, frozen), batch)[0]
@@ -103,7 +101,8 @@ def contender(model: Model, name: str) -> Contender:
 def run_model(name: str, turns: int) -> list[dict[str, Any]]:
     """A row for each contender."""
     model = MODELS[name]
-    contenders = [contender(model, optimizer) for optimizer in OPTIMIZERS]
+    batch = jax.tree.map(lambda x: x[: model.batch], model.load())
+    contenders = [contender(model, batch, optimizer) for optimizer in OPTIMIZERS]
     rng = np.random.default_rng(0)
     totals: dict[str, list[float]] = {x.name: [] for x in contenders}
     for _ in range(turns):
@@ -131,7 +130,6 @@ def run_model(name: str, turns: int) -> list[dict[str, Any]]:
     return rows
 
 
-@functools.cache
 def _platform() -> str:
     return "cpu" if jax.default_backend() == "cpu" else "gpu"
 

@@ -44,7 +44,7 @@ from examples.minilm import (
     model_folder,
     tokenize,
 )
-from examples.training import Data, Method, loss_and_accuracy, schedule
+from examples.training import Data, Method, loss_and_accuracy, schedule, spread
 from lorapro_jax import lorapro, lorapro_adamw
 from lorapro_jax.peft import save_peft_adapter
 
@@ -218,9 +218,6 @@ def run_method(
 def print_table(results: list[dict[str, Any]], console: Console) -> None:
     """Test accuracy and loss with their spread over seeds."""
     table = Table("method", "rate", "test accuracy", "test loss", "seconds a step")
-
-    def spread(xs):
-        return f"{np.mean(xs):.3f}" + (f" ± {np.std(xs):.3f}" if len(xs) > 1 else "")
 
     for row in results:
         table.add_row(

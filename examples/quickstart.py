@@ -37,6 +37,7 @@ from examples.training import (
     evaluate,
     make_chunk,
     pretrain,
+    spread,
     start,
     train,
 )
@@ -107,9 +108,6 @@ def run_method(task, method, base, steps, seeds):
 def print_table(results, console):
     """Test accuracy and loss with their spread over seeds."""
     table = Table("method", "rate", "accuracy", "loss", "trainable", "seconds a run")
-
-    def spread(xs):
-        return f"{np.mean(xs):.3f}" + (f" ± {np.std(xs):.3f}" if len(xs) > 1 else "")
 
     for row in results:
         table.add_row(

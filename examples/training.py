@@ -5,11 +5,12 @@ same seed, whatever the method.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -123,6 +124,12 @@ def start(
         return Run(trainable, tx.init(trainable), frozen, rate, key, jnp.int32(0))
 
     return begin
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds, for a table; one value alone."""
+    mean = f"{np.mean(values):.3f}"
+    return mean + (f" ± {np.std(values):.3f}" if len(values) > 1 else "")
 
 
 def loss_and_accuracy(model: Any, data: Data) -> tuple[jax.Array, jax.Array]:

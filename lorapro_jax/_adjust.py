@@ -152,14 +152,14 @@ def lora_gradients(pair: PairArrays, x: jax.Array) -> Step:
     return scale * grad_a, scale * grad_b
 
 
-def _apply(pair: PairArrays, coefficients: Coefficients, weight: jax.Array) -> Step:
+def _apply(pair: PairArrays, matrices: Coefficients, weight: jax.Array) -> Step:
     """The adjusted gradients of one pair from its coefficients.
 
     The last product of the coefficients is left to each pair: what reads the result
     is then the same program for all pairs of a shape, and compiled once. What reads
     a slice of the stack is another program for each.
     """
-    product = matmul(*coefficients).astype(pair.a.dtype)
+    product = matmul(*matrices).astype(pair.a.dtype)
     r, size = pair.rank, product.shape[-2]
     on_grad, on_factor = product[..., :r, :r], product[..., :r, size : size + r]
 

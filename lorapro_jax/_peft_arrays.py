@@ -4,6 +4,7 @@ PEFT stores one pair a layer, A as `(r, in)` and B as `(out, r)`; for a convolut
 `(r, channels, *window)` and `(out, r, 1, ...)`.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,9 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ._layout import FactorAxes, Shape
+from ._layout import FactorAxes, LoRAPair, Shape, factor_axes
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def sides(pair: LoRAPair) -> Iterator[tuple[str, FactorAxes, bool]]:
+    """Path and axes of A, then of B, and whether it is A."""
+    return zip(pair[:2], factor_axes(pair), (True, False), strict=True)
 
 
 def to_peft(x: np.ndarray, axes: FactorAxes, *, is_a: bool, window: int) -> np.ndarray:

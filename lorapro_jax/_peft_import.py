@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._layout import LoRAPair, Shape, factor_axes
-from ._peft_arrays import from_peft, peft_shapes
+from ._peft_arrays import from_peft, peft_shapes, sides
 from ._peft_config import module_rank, module_scale
 from ._peft_names import Index, file_keys, is_factor_key
 
@@ -111,10 +111,9 @@ def _differences(adapter: Adapter, target: Target, name: str) -> Iterator[str]:
     wanted = module_rank(adapter.config, name)
     if wanted != pair.rank:
         yield f"`{name}` has rank {wanted} in the configuration, here {pair.rank}"
-    for key, path, shape, axes, is_a in zip(
-        _keys(adapter, name), pair[:2], target[1:3], factor_axes(pair), (True, False),
-        strict=True,
-    ):  # fmt: skip
+    for key, shape, (path, axes, is_a) in zip(
+        _keys(adapter, name), (target.a, target.b), sides(pair), strict=True
+    ):
         found = adapter.tensors[key]
         allowed = peft_shapes(shape, axes, is_a=is_a)
         if found.shape not in allowed:

@@ -9,7 +9,7 @@ writes `adapter_model.safetensors` and `adapter_config.json`, which
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +17,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ._layout import FactorAxes, LoRAPair, factor_axes
+from ._layout import LoRAPair, factor_axes
 from ._leaves import index_leaves
 from ._pairs import PairsSpec, find_pairs
-from ._peft_arrays import like_leaf, on_host, to_peft
+from ._peft_arrays import like_leaf, on_host, sides, to_peft
 from ._peft_config import check_config, peft_config
 from ._peft_files import read_adapter, write_adapter
 from ._peft_import import Adapter, Target, check_adapter, read_factors
@@ -114,7 +114,7 @@ def save_peft_adapter(
         features = factor_axes(pair)[0].features(len(a))
         window = len(features) - 1 if _is_any(pair, conv, "conv") else 0
         words = is_embedding(pair) or _is_any(pair, embedding, "embedding")
-        for side, (factor, axes, is_a) in enumerate(_sides(pair)):
+        for side, (factor, axes, is_a) in enumerate(sides(pair)):
             host = on_host(factor, leaves[factor])
             x = to_peft(host, axes, is_a=is_a, window=window)
             for index, name in names.items():
@@ -214,11 +214,6 @@ def _targets(tree: Any, names: NamesSpec, **options: Any) -> list[Target]:
         Target(pair, *both, layers)
         for pair, both, layers in zip(found, shapes, modules, strict=True)
     ]
-
-
-def _sides(pair: LoRAPair) -> Iterator[tuple[str, FactorAxes, bool]]:
-    """Path and axes of A, then of B, and which of them it is."""
-    return zip(pair[:2], factor_axes(pair), (True, False), strict=True)
 
 
 def _is_any(pair: LoRAPair, pattern: str | None, option: str) -> bool:
