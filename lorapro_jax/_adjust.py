@@ -7,6 +7,7 @@ The gradients whose equivalent gradient is closest to G come from four r×r matr
 pair (`_coefficients`), and from products of those with the factors.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._coefficients import Coefficients, Gauge, coefficients
+from ._coefficients import Gauge, coefficients
 from ._factors import (
     PairArrays,
     apply,
@@ -39,6 +40,9 @@ from ._linalg import (
 
 Step: TypeAlias = tuple[jax.Array, jax.Array]
 """A step or gradient of A and of B, laid out like them."""
+
+_CHUNK = 16
+"""Of pairs; see `_products`."""
 
 
 class Spectra(NamedTuple):
@@ -121,16 +125,10 @@ def solve(
     # Half of the scale before the skinny product, half behind: weight² may overflow.
     size = blocks.shape[-2]
     halves = jnp.where(np.arange(2 * size) < size, on_grad, on_factor)
-    batches = [pair.batch for pair in pairs]
+    products = _products(bases, halves[:, None] * blocks, [x.batch for x in pairs])
     return [
-        _apply(pair, Coefficients(*both), weight)
-        for pair, *both, weight in zip(
-            pairs,
-            split_batches(bases, batches),
-            split_batches(halves[:, None] * blocks, batches),
-            weights,
-            strict=True,
-        )
+        _apply(pair, product, weight)
+        for pair, product, weight in zip(pairs, products, weights, strict=True)
     ]
 
 
@@ -152,14 +150,28 @@ def lora_gradients(pair: PairArrays, x: jax.Array) -> Step:
     return scale * grad_a, scale * grad_b
 
 
-def _apply(pair: PairArrays, matrices: Coefficients, weight: jax.Array) -> Step:
-    """The adjusted gradients of one pair from its coefficients.
+def _products(
+    bases: jax.Array, blocks: jax.Array, batches: Sequence[tuple[int, ...]]
+) -> list[jax.Array]:
+    """`bases @ blocks` of all pairs, divided among them: `(*batch, 2, R, 2 R)` each.
 
-    The last product of the coefficients is left to each pair: what reads the result
-    is then the same program for all pairs of a shape, and compiled once. What reads
-    a slice of the stack is another program for each.
+    In chunks of pairs, because XLA compiles equal programs once, and programs that
+    read different places of an array differ. Those at one place of several arrays of
+    a shape are equal, so a few dozen slices serve hundreds of pairs.
     """
-    product = matmul(*matrices).astype(pair.a.dtype)
+    counts = [math.prod(batch) for batch in batches]
+    products, start = [], 0
+    for i in range(0, len(batches), _CHUNK):
+        stop = start + sum(counts[i : i + _CHUNK])
+        product = matmul(bases[start:stop], blocks[start:stop])
+        products += split_batches(product, batches[i : i + _CHUNK])
+        start = stop
+    return products
+
+
+def _apply(pair: PairArrays, product: jax.Array, weight: jax.Array) -> Step:
+    """The adjusted gradients of one pair from its four coefficients."""
+    product = product.astype(pair.a.dtype)
     r, size = pair.rank, product.shape[-2]
     on_grad, on_factor = product[..., :r, :r], product[..., :r, size : size + r]
 
