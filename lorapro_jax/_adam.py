@@ -15,6 +15,7 @@ from ._coefficients import Gauge
 from ._dense import DenseMoments
 from ._factored import FactoredMoments
 from ._factors import PairArrays, in_compute_dtype
+from ._groups import group_pairs
 from ._linalg import safe_norm
 from ._moments import Adam, Projector
 from ._pairs import PairsSpec
@@ -122,6 +123,8 @@ def scale_by_lorapro_adam(
         at, others = divide(found, updates)
         pairs = [in_compute_dtype(x) for x in take_pairs(found, updates, params)]
         old, old_adam = split(updates, at, pairs, others, state, kind)
+        groups = group_pairs(found, pairs)
+        pairs, old = groups.join_pairs(pairs), groups.join(old)
 
         hyper = Adam(b1, b2, eps, optax.safe_increment(state.count))
         project = Projector(decompose(pairs) if pairs else None, damping)
@@ -132,8 +135,9 @@ def scale_by_lorapro_adam(
         new = jax.tree.map(lambda x, like: x.astype(like.dtype), new, old)
 
         leaves, new_adam = adam.update(others, old_adam)
-        leaves |= by_position(at, steps)
-        return put_leaves(updates, leaves, params), join(updates, at, new, new_adam)
+        leaves |= by_position(at, groups.split(steps))
+        new_state = join(updates, at, groups.split(new), new_adam)
+        return put_leaves(updates, leaves, params), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

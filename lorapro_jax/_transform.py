@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from ._adjust import adjust
 from ._coefficients import Gauge
+from ._groups import group_pairs
 from ._pairs import PairsSpec
 from ._scale import ScaleSpec
 from ._trees import (
@@ -126,8 +127,9 @@ def lorapro(
         if not found:
             return updates, state
         arrays = take_pairs(found, updates, params)
-        steps = adjust(arrays, damping=damping, gauge=gauge)
-        leaves = by_position(positions(found, updates), steps)
+        groups = group_pairs(found, arrays)
+        steps = adjust(groups.join_pairs(arrays), damping=damping, gauge=gauge)
+        leaves = by_position(positions(found, updates), groups.split(steps))
         return put_leaves(updates, leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
