@@ -40,8 +40,10 @@ def test_facade_is_complete_and_typed():
         if not (name.startswith("_") or isinstance(value, ModuleType))
     }
     assert names == {
-        "LoRAPair", "ScaleByLoRAProAdamState", "describe_pairs", "equivalent_gradient",
-        "find_pairs", "lorapro", "lorapro_adamw", "scale_by_lorapro_adam",
+        "LoRAPair", "RankTable", "ScaleByLoRAProAdamState", "allocate_ranks",
+        "describe_pairs", "equivalent_gradient", "estimate_gradients", "find_pairs",
+        "initialize_adapters", "initialize_model", "lorapro", "lorapro_adamw",
+        "scale_by_lorapro_adam",
     }  # fmt: skip
     assert (Path(lorapro_jax.__file__).parent / "py.typed").exists()
     for name in names:
