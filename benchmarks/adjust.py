@@ -8,14 +8,16 @@ For the adapter trees of whole models, at several ranks, one run measures
 * `lorapro_adamw`: a step of it with factored moments, donated likewise;
 * `literal`: the paper's formula with its m×m projector (`literal.py`), at rank 8.
   **Extrapolated**: one pair of each distinct shape is timed, and multiplied by the
-  number of pairs of that shape. Its memory is that of the largest single pair.
+  number of pairs of that shape. Its memory is that of the largest single pair, and
+  is held against that of `lorapro()` on the same pair alone.
 
 Results are checked before anything is timed. The contenders then take turns, so
 that what else the machine does hits all alike. `x adamw` and `x lorapro` are the
-medians over the turns of the ratio within a turn. `GB/s` takes each array as read
-or written once (gradients and factors in, steps out; for AdamW also its state), so
-it is a floor; the copy bandwidths of the machine stand below the table. Gradients
-stay the same from step to step: the numbers in them do not matter for the time.
+medians over the turns of the ratio within a turn. `floor` is the time that the memory
+needs for each array once (gradients and factors in, steps out; for AdamW also its
+state), at the bandwidth of a copy in place. Gradients stay the same from step to step:
+the numbers in them do not matter for the time. A second table holds the figures
+against the limits in `limits.py`.
 
     $ python -m benchmarks.adjust --quick    # one small tree, under a minute
     $ python -m benchmarks.adjust            # all, to benchmarks/results/
@@ -39,11 +41,12 @@ from rich.table import Table
 
 from lorapro_jax import lorapro, lorapro_adamw
 
+from . import limits
 from .literal import check, literal, reference
 from .measure import Contender, copy_bandwidth, machine, tree_bytes
 from .trees import SCALE, TREES, build, random_pair, weights
 
-RANKS = (8, 16, 64)
+RANKS = {"vit-b16": (8, 16, 64), "t5-base": (8, 16, 64, 128), "llama2-7b": (8, 16, 64)}
 LITERAL_RANK = 8
 DAMPING = 0.1
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -85,8 +88,10 @@ def _literals(tree: str, rank: int) -> list[Contender]:
         ).compile()
         factors = {"lora_a": a, "lora_b": b}
         grads = {"lora_a": grad_a, "lora_b": grad_b}
-        ours = _adjusting(factors, grads, damping=0.0).run()
-        check(contender.name, contender.run(), (ours["lora_a"].T, ours["lora_b"].T))
+        ours = _adjusting(factors, grads, damping=0.0)
+        steps = ours.run()
+        check(contender.name, contender.run(), (steps["lora_a"].T, steps["lora_b"].T))
+        contender.x_temp = contender.temp_bytes / ours.temp_bytes
         contenders.append(contender)
     return contenders
 
@@ -137,8 +142,8 @@ def run_case(
         yield case | _row([contender], contenders, size)
     if literals:
         note = f"extrapolated from one pair of each of {len(literals)} shapes"
-        row = _row(literals, contenders, size)
-        yield case | row | {"contender": "literal", "note": note}
+        row = _row(literals, contenders, size) | {"contender": "literal", "note": note}
+        yield case | row | {"x_temp_of_a_pair": min(x.x_temp for x in literals)}
 
 
 def _row(
@@ -164,14 +169,14 @@ def _row(
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The rows for people; the JSON holds more."""
+def table(rows: Sequence[dict[str, Any]], bandwidth: float) -> Table:
+    """The rows for people, with GB/s of a copy; the JSON holds more."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "ms": lambda row: f"{row['median_ms']:.1f}",
         "best": lambda row: f"{row['best_ms']:.1f}",
         "x adamw": lambda row: f"{row['x_adamw']:.2f}",
         "x lorapro": lambda row: f"{row['x_lorapro']:.2f}",
-        "GB/s": lambda row: f"{row['gb_per_s']:.1f}",
+        "floor": lambda row: f"{row['moved_bytes'] / bandwidth / 1e6:.1f}",
         "temp MiB": lambda row: f"{row['temp_bytes'] / 2**20:.1f}",
         "/factors": lambda row: f"{row['temp_per_factor_bytes']:.2f}",
         "compile": lambda row: f"{row['trace_s'] + row['compile_s']:.1f} s",
@@ -191,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What LoRA-Pro costs.")
     parser.add_argument("--quick", action="store_true", help="ViT-B/16 at rank 8 only")
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
-    parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
+    parser.add_argument("--ranks", nargs="+", type=int, help="of all trees")
     parser.add_argument("--repeat", type=int, default=15, help="turns (default: 15)")
     parser.add_argument("--no-literal", action="store_true")
     parser.add_argument("--output", type=pathlib.Path, help="of the JSON")
@@ -203,20 +208,22 @@ def main() -> None:
     info = machine()
     rows: list[dict[str, Any]] = []
     for tree in args.trees:
-        for rank in args.ranks:
+        for rank in args.ranks or RANKS[tree]:
             print(f"{tree} r={rank} ...", file=sys.stderr)
             rows += run_case(tree, rank, args.repeat, not args.no_literal)
     speeds = copy_bandwidth()
 
-    Console(width=110).print(table(rows))
+    kind = "cpu" if info["platform"] == "cpu" else "gpu"
+    checks = limits.checks(rows, kind)
+    Console(width=110).print(table(rows, speeds["in_place"]), limits.table(checks))
     print("* extrapolated from one pair of each shape; memory: the largest pair")
     for facts in ({f"copy GB/s {k}": f"{v:.1f}" for k, v in speeds.items()}, info):
         print(", ".join(f"{key} {value}" for key, value in facts.items()))
 
-    kind = "cpu" if info["platform"] == "cpu" else "gpu"
     output = args.output or RESULTS / f"adjust-{kind}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": info, "copy_gb_per_s": speeds, "rows": rows}
+    report["checks"] = [check._asdict() for check in checks]
     output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {output}", file=sys.stderr)
 

@@ -25,6 +25,7 @@ class Contender:
     grads: Any
     donate: bool = False
     count: int = 1  # the time counts this often: the extrapolation of `literal`
+    x_temp: float = 1.0  # its memory, times that of another
     times: list[float] = dataclasses.field(default_factory=list)
 
     def compile(self) -> "Contender":
@@ -93,4 +94,4 @@ def machine() -> dict[str, Any]:
 
 def tree_bytes(tree: Any) -> int:
     """The bytes of all leaves."""
-    return sum(x.nbytes for x in jax.tree.leaves(tree))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
