@@ -54,9 +54,11 @@ class Groups(NamedTuple):
         """The reverse of `join`."""
         parts: dict[int, T] = {}
         for group, tree in zip(self.members, trees, strict=True):
+            if len(group) == 1:
+                parts[group[0]] = tree
+                continue
             for k, i in enumerate(group):
-                part = jax.tree.map(lambda x, k=k: x[k], tree)
-                parts[i] = part if len(group) > 1 else tree
+                parts[i] = jax.tree.map(lambda x, k=k: x[k], tree)
         return [parts[i] for i in sorted(parts)]
 
 
