@@ -5,13 +5,15 @@
 writes `adapter_model.safetensors` and `adapter_config.json`, which
 `peft.PeftModel.from_pretrained(torch_model, "adapter")`, transformers and vLLM load;
 `load_peft_adapter` reads what they wrote. Both need the extra `lorapro_jax[peft]`.
+Where the initialiser changed the base weights, as PiSSA does, the adapter is for the
+changed ones; `initial=` makes it one for the original weights.
 """
 
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -31,6 +33,7 @@ from ._peft_names import (
     layer_path,
     name_modules,
 )
+from ._peft_start import join_start, read_start
 from ._scale import ScaleSpec
 
 Tree = TypeVar("Tree")
@@ -48,6 +51,7 @@ def save_peft_adapter(
     module_names: NamesSpec = None,
     conv: str | None = None,
     embedding: str | None = None,
+    initial: Any = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     r"""Writes the adapters of a tree as Hugging Face PEFT does.
@@ -82,6 +86,13 @@ def save_peft_adapter(
         A of `(*window, channels, r)`.
       embedding: Likewise: these are embeddings, as those are anyway whose factors
         have it in their names (`lora_embedding_A`).
+      initial: The tree right after `initialize_adapters`, if the method changed the
+        base weights (LoRA-GA, PiSSA, OLoRA). Without it, the file is for the changed
+        weights, to be saved too. With it, for the original ones: it holds [B, -B0] and
+        [A; A0], of twice the rank and the same s, as PEFT's own conversion does, and
+        lacks only the rounding of the changed weights. Make it a copy, as a state of
+        NNX follows its model: `jax.device_get(nnx.state(model, nnx.LoRAParam))`. The
+        starts of LoRA-One and GoRA belong to the adapter: pass None.
       config: More entries of `adapter_config.json`, such as
         `{"base_model_name_or_path": "...", "task_type": "CAUSAL_LM"}`, or other
         `target_modules`.
@@ -89,7 +100,8 @@ def save_peft_adapter(
     Raises:
       ValueError: No pair in the tree, or what `find_pairs` raises; a layer without a
         name, or two with one; factors that are no arrays or of a dtype that PyTorch
-        lacks; a bad regex; an entry of `config` that follows from the factors.
+        lacks; a bad regex; an entry of `config` that follows from the factors; an
+        `initial` with other factors, or with the same values.
       ImportError: safetensors is not installed.
 
     Examples:
@@ -107,7 +119,10 @@ def save_peft_adapter(
     targets = _targets(
         params, module_names, pairs=pairs, stack_axis=stack_axis, **options
     )
-    leaves = {name: leaf.value for name, leaf in index_leaves(params).items()}
+    leaves = index_leaves(params)
+    due = [name for target in targets for name in target.pair[:2]]
+    factors = {name: on_host(name, leaves[name].value) for name in due}
+    start = None if initial is None else read_start(initial, factors)
     tensors: dict[str, np.ndarray] = {}
     layers: dict[str, LoRAPair] = {}
     for pair, a, _, names in targets:
@@ -115,11 +130,14 @@ def save_peft_adapter(
         window = len(features) - 1 if _is_any(pair, conv, "conv") else 0
         words = is_embedding(pair) or _is_any(pair, embedding, "embedding")
         for side, (factor, axes, is_a) in enumerate(sides(pair)):
-            host = on_host(factor, leaves[factor])
-            x = to_peft(host, axes, is_a=is_a, window=window)
+            x = to_peft(factors[factor], axes, is_a=is_a, window=window)
+            if start is not None:
+                x0 = to_peft(start[factor], axes, is_a=is_a, window=window)
+                x = join_start(x, x0, is_a=is_a, stack=len(axes.batch))
             for index, name in names.items():
                 tensors[file_keys(name, embedding=words)[side]] = x[index]
-        layers |= dict.fromkeys(names.values(), pair)
+        rank = cast(int, pair.rank) * (1 if start is None else 2)
+        layers |= dict.fromkeys(names.values(), pair._replace(rank=rank))
     entries = peft_config(layers, rslora=rslora, extra=config or {})
     try:
         if jax.process_index() == 0:
@@ -146,7 +164,9 @@ def load_peft_adapter(
     What the model computes is what PEFT computes: where the file's scale (of
     `lora_alpha`, `use_rslora` and the patterns) is another than the model's, B is
     multiplied by their ratio. With equal scales the factors are the file's bits,
-    cast to the dtypes of the tree. Convolutions and embeddings show in the file.
+    cast to the dtypes of the tree. Convolutions and embeddings show in the file. One
+    that was saved with `initial=` needs a tree of twice the rank, and the original base
+    weights; to go on training, restore a checkpoint of all weights instead.
 
     Args:
       path: The folder with `adapter_model.safetensors` and `adapter_config.json`.

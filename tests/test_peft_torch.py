@@ -9,9 +9,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny_llama
 
+from lorapro_jax import estimate_gradients, initialize_adapters, lorapro
+from lorapro_jax.initializers import lora_ga, pissa
 from lorapro_jax.peft import load_peft_adapter, save_peft_adapter
 
 torch = pytest.importorskip("torch")
@@ -116,6 +119,70 @@ def test_adapter_saved_by_peft_gives_the_same_outputs_in_jax(rslora, tmp_path):
     q = factors["layers"]["attn"]["q"]
     q["lora_b"] = q["lora_b"][::-1]
     assert distance(jax_logits(factors, scales), want) > 1e-3
+
+
+def logits_of(tree, weights):
+    """With the kernels that lie beside the factors, at the s of rsLoRA."""
+    pairs = tree["layers"]["attn"] | tree["layers"]["mlp"]
+    kernels = {name: pair["kernel"] for name, pair in pairs.items()}
+    weights = weights | {"layers": weights["layers"] | kernels}
+    scales = {name: ALPHA / math.sqrt(rank) for name, rank in RANKS.items()}
+    return tiny_llama.logits(weights, tree, scales, TEXT)
+
+
+@pytest.mark.parametrize("method", [lora_ga(), pissa()], ids=lambda x: x.name)
+def test_adapter_of_changed_weights_works_on_the_original_ones(method, tmp_path):
+    """LoRA-GA or PiSSA, LoRA-Pro's steps, and PEFT on the model as it was."""
+    weights = jax.tree.map(jnp.asarray, tiny_llama.weights_of(torch_model()))
+    tree = tiny_llama.adapters(RANKS, seed=1)
+    for name in RANKS:
+        pair = tree["layers"][tiny_llama.block_of(name)][name]
+        pair["lora_b"] = jnp.zeros_like(pair["lora_b"])
+        pair["kernel"] = weights["layers"][name]
+    options = {"alpha": ALPHA, "rslora": True}
+
+    def loss(tree, text):
+        logits, labels = logits_of(tree, weights)[:, :-1], text[:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradients = estimate_gradients(loss, tree, [TEXT], progress=False)
+    initial = initialize_adapters(
+        method, tree, gradients, key=jax.random.key(0), **options
+    )
+    assert distance(logits_of(initial, weights), torch_logits(torch_model())) < 1e-5
+
+    def label(path, _):
+        return "frozen" if path[-1].key == "kernel" else "lora"
+
+    labels = jax.tree_util.tree_map_with_path(label, tree)
+    steps = optax.chain(lorapro(**options), optax.adamw(3e-3))
+    groups = {"lora": steps, "frozen": optax.set_to_zero()}
+    tx = optax.partition(groups, labels)
+
+    @jax.jit
+    def train_step(tree, state):
+        value, grads = jax.value_and_grad(loss)(tree, TEXT)
+        updates, state = tx.update(grads, state, tree)
+        return optax.apply_updates(tree, updates), state, value
+
+    after, state, losses = initial, tx.init(initial), []
+    for _ in range(10):
+        after, state, value = train_step(after, state)
+        losses.append(value)
+    assert losses[-1] < 0.9 * losses[0]
+
+    options["module_names"] = tiny_llama.MODULES
+    save_peft_adapter(tmp_path / "with", after, initial=initial, **options)
+    save_peft_adapter(tmp_path / "without", after, **options)
+
+    want = np.asarray(logits_of(after, weights))
+    adapted = lambda folder: torch_logits(
+        peft.PeftModel.from_pretrained(torch_model(), tmp_path / folder)
+    )
+    assert distance(adapted("with"), want) < 1e-5
+    # Negative controls: training moved the model, and the start counts.
+    assert distance(torch_logits(torch_model()), want) > 1e-2
+    assert distance(adapted("without"), want) > 1e-2
 
 
 def test_bfloat16_survives_the_way_through_pytorch(tmp_path):

@@ -7,6 +7,7 @@ library is recorded on the way, by wrapping the names that the recipe imported.
 import contextlib
 import importlib
 import io
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from scipy.special import log_softmax
 from stacks import distance, leaves_by_path
@@ -51,6 +53,7 @@ class Run(NamedTuple):
     apply: Any  # from (params, images) to logits
     before: Any
     after: Any
+    folder: Path  # where it ran
 
 
 def load_recipe(name):
@@ -68,7 +71,7 @@ def as_pure(model):
     return lambda params, x: nnx.merge(graph, params, rest)(x), params
 
 
-def run_main(name, steps):
+def run_main(name, steps, folder):
     recipe, told, models = load_recipe(name), [], []
 
     def spy(function):
@@ -91,20 +94,21 @@ def run_main(name, steps):
 
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)  # where it may leave files
         for function in (describe_pairs, lorapro, lorapro_adamw):
             if hasattr(recipe, function.__name__):
                 patch.setattr(recipe, function.__name__, spy(function))
         patch.setattr(recipe, "new_model", new_model)
         patch.setattr(recipe, "fine_tune", fine_tune)
         losses = recipe.main(steps)
-    (apply, before), (_, after) = models
-    return Run(recipe, losses, printed.getvalue(), told, apply, before, after)
+    (apply, before), (_, after), *_ = models  # a comparison may follow
+    return Run(recipe, losses, printed.getvalue(), told, apply, before, after, folder)
 
 
 @pytest.fixture(scope="module", params=RECIPES)
-def run(request):
+def run(request, tmp_path_factory):
     jax.config.update("jax_disable_most_optimizations", True)  # compiles sooner
-    yield run_main(request.param, STEPS)
+    yield run_main(request.param, STEPS, tmp_path_factory.mktemp(request.param))
     jax.config.update("jax_disable_most_optimizations", False)
 
 
@@ -137,8 +141,8 @@ def test_its_scale_is_the_s_of_the_forward_pass(run, monkeypatch):
 
     The kernel is the base weight itself, so nothing but the model says what s is.
     """
-    assert len(run.told) == 2  # describe_pairs, and one transform
-    assert run.told[0] == run.told[1]
+    assert len(run.told) >= 2  # describe_pairs, and a transform for each training
+    assert all(options == run.told[0] for options in run.told)
     apply, params = run.apply, run.after
     if hasattr(run.recipe, "WEIGHTS"):  # codes have no derivative
         apply, params = without_quantisation(run, monkeypatch)
@@ -194,7 +198,7 @@ def without_quantisation(run, monkeypatch):
 
 def test_it_prints_the_table_of_all_factors(run):
     table = describe_pairs(run.before, **run.told[0])
-    assert run.printed.startswith(table)
+    assert table in run.printed
     factors = {x for pair in find_pairs(run.before) for x in pair[:2]}
     assert factors == set(filter(is_factor, leaves_by_path(run.before)))
 
@@ -213,6 +217,34 @@ def test_scanned_layers_are_one_pair_with_an_axis_of_layers():
     stacked = {pair.a.split("/")[0]: pair.a_batch_axes for pair in pairs}
     assert stacked == {"blocks": (0,), "head": ()}
     assert len(pairs) == 3
+
+
+@pytest.mark.parametrize("run", ["gradient_start"], indirect=True)
+def test_gradient_start_saves_its_adapters_for_the_original_weights(run):
+    """W0 with the file's s B A has the trained model's loss; so have these losses."""
+    base = run.recipe.base_model()
+    folder, config = run.folder / run.recipe.FOLDER, "adapter_config.json"
+    entries = json.loads((folder / config).read_text())
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    ranks = {}
+    for name, layer in nnx.to_pure_dict(nnx.state(base)).items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        alpha = entries["alpha_pattern"].get(f"^{name}", entries["lora_alpha"])
+        ranks[name] = len(a)
+        change = alpha / len(a) * (b @ a).T
+        getattr(base, name).kernel[...] = layer["kernel"] + change
+    images = digits.load()[1].images[:16]
+    want = run.apply(run.after, images)
+    assert distance(base(images), want) < 100 * RTOL
+    # Negative control: without the file.
+    assert distance(run.recipe.base_model()(images), want) > 0.1
+
+    pairs = find_pairs(run.before)
+    assert {pair.a.split("/")[0]: 2 * pair.rank for pair in pairs} == ranks
+    assert len(set(ranks.values())) > 1
+    lines = re.findall(r"^(before|after) +test loss ([\d.]+)", run.printed, re.M)
+    assert [x for x, _ in lines] == ["before", "after"] * 2
+    assert lines[1] != lines[3]  # the comparison is another run
 
 
 def test_a_rate_of_zero_learns_nothing(quick_compiles):
