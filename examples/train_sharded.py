@@ -170,7 +170,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     add("--output", type=Path, default=Path("out/train_sharded"))
     add("--optimizer", choices=OPTIMIZERS, default="lorapro_adamw")
     add("--rate", type=float, default=1e-2, help="peak learning rate of fine-tuning")
-    add("--rank", type=int, default=4, help="keep it small on simulated devices")
+    add("--rank", type=int, default=4)
     add("--batch", type=int, default=16, help="windows of 64 bytes, of all processes")
     add("--depth", type=int, default=3, help="blocks of the model")
     add("--seed", type=int, default=0)

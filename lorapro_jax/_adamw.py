@@ -59,8 +59,7 @@ def lorapro_adamw(
     LoRA trains: A and B each become √(1 - lr·λ) times what they were. The paper
     also decays the frozen W0; a LoRA optimizer cannot.
 
-    As for `lorapro`, both gradients of a pair have to come from one G, and on CPU
-    keep to one `lorapro_adamw()` in a program.
+    As for `lorapro`, both gradients of a pair have to come from one G.
 
     Args:
       learning_rate: A number or an Optax schedule.

@@ -47,9 +47,6 @@ def lorapro(
     global norm may stand before it). Sweep the learning rate anew; before AdamW the
     best one is about 3 times that of plain LoRA.
 
-    On CPU keep to one `lorapro()` in a program: two batched eigendecompositions at
-    the same time can hang XLA's thread pool on machines with few cores.
-
     Args:
       scale: The s of the forward pass: a number, `{regex: number}` searched in the
         paths of the factors (first match counts), or a function of a `LoRAPair`.
