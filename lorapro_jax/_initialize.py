@@ -37,7 +37,7 @@ def initialize_adapters(
     Call it once, before training and before `tx.init`; what the factors held before is
     dropped. Methods that change the base weights W0 (LoRA-GA, PiSSA, OLoRA) make them
     W0 - s B A, so that the model starts as it was. Save these weights too: to the old
-    ones the adapters do not fit.
+    ones the adapters do not fit. (`save_peft_adapter(initial=...)` makes them fit.)
 
     Computed in float32, or float64 if an array is, one layer at a time; then A and B
     are rounded to the dtypes of their leaves, W0 - s B A is taken of the rounded ones,
