@@ -1,0 +1,198 @@
+"""Where should the factors start, and which optimizer suits which start?
+
+    python -m benchmarks.initializers            # an hour or more on two cores
+    python -m benchmarks.initializers --quick    # 2 minutes: a smoke test
+    python -m benchmarks.initializers --tasks prose --rank 16
+    python -m benchmarks.initializers --references benchmarks/results/quality.json
+    python -m benchmarks.initializers --report   # of the results that are there
+
+The tasks and the sweeps are those of `benchmarks.quality`; side by side, a process for
+each task, they take less. With `--references` the rows that it has measured with as
+many seeds are taken from its results: all weights, and LoRA's start (on one machine,
+all weights came out the same to the last digit). Every start is trained by AdamW, by
+`lorapro()` before AdamW and by `lorapro_adamw` with factored moments.
+
+"LoRA" is what `nnx.LoRA` does by itself: A uniform with variance 2/n, and B = 0. The
+others are those of `lorapro_jax.initializers` with their default arguments and s = 1,
+the scale of `nnx.LoRA`. The gradients they start from are the means over the first 8
+batches that the run will train on, at the pretrained weights, once for each seed; so
+each seed has base weights of its own where a method changes these. A layer that is too
+small for a method starts as in "LoRA": at rank 4 the first of the digits' for LoRA-GA,
+which needs 8 singular vectors, and it has 4 inputs.
+
+`benchmarks.initializers_report` says what is made of the results.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.initializers_report import FULL, OPTIMIZERS, find, report, write
+from benchmarks.measure import machine
+from benchmarks.quality import GRID, SETTINGS, Sweeper
+from benchmarks.quality_report import Row
+from examples.training import CHUNK, Run, Task, loss_and_accuracy, pretrain, take_batch
+from lorapro_jax import estimate_gradients, find_pairs, initialize_adapters
+from lorapro_jax.initializers import Initializer, gora, lora_ga, lora_one, pissa
+
+
+class Start(NamedTuple):
+    """How factors start, and how many inputs and outputs a layer needs for it."""
+
+    method: Initializer
+    size_over_rank: int = 1
+
+
+STARTS = {
+    "LoRA": None,
+    "LoRA-GA": Start(lora_ga(), 2),
+    "GoRA": Start(gora()),
+    "LoRA-One": Start(lora_one()),
+    "PiSSA": Start(pissa()),
+}
+BATCHES = 8
+# Where each sweep begins: `benchmarks.quality` found all best rates in here.
+RATES = tuple(rate for rate in GRID if 3e-3 <= rate <= 3e-2)
+
+
+def states_of(task: Task, base: nnx.State, rank: int, seed: int) -> dict[str, Any]:
+    """The whole state of the model by the name of its start."""
+    model = task.new_model(rank, seed)
+    nnx.update(model, base)
+    graph, state = nnx.split(model)
+    key = jax.random.key(seed)
+    steps = [Run(None, None, None, None, key, jnp.int32(i)) for i in range(BATCHES)]
+    gradients = estimate_gradients(
+        lambda state, batch: loss_and_accuracy(nnx.merge(graph, state), batch)[0],
+        state,
+        [take_batch(step, task) for step in steps],
+        progress=False,
+    )
+
+    def started(start: Start | None) -> Any:
+        if start is None:
+            return state
+        kernel = lambda pair: pair.a.removesuffix("lora/lora_a") + "kernel"
+        size = start.size_over_rank * rank
+        pairs = [
+            p for p in find_pairs(state) if min(gradients[kernel(p)].shape) >= size
+        ]
+        options = {"key": key, "pairs": pairs}
+        return initialize_adapters(start.method, state, gradients, **options)
+
+    return {name: started(start) for name, start in STARTS.items()}
+
+
+def start_from(task: Task, states: Sequence[Any]) -> Task:
+    """The task with models that start from these states, one for each seed.
+
+    The base weights are in there, so `train` is to get none.
+    """
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    def new_model(rank, seed):
+        model = task.new_model(rank, seed)
+        nnx.update(model, jax.tree.map(lambda x: x[seed], stacked))
+        return model
+
+    return task._replace(new_model=new_model)
+
+
+def run_task(name: str, args: argparse.Namespace, path: Path) -> None:
+    """Every start with every optimizer on one task; saved after each."""
+    setting = SETTINGS[name]
+    known, task = setting.load()
+    pretraining = setting.pretraining | ({"steps": 50} if args.quick else {})
+    bar = lambda chunks: track(chunks, f"{name}: pretraining".ljust(40))
+    base, accuracy = pretrain(known, progress=bar, **pretraining)
+    sweeper = Sweeper(setting, task, base, args.seeds, setting.steps)
+    rates = RATES
+    if args.quick:
+        sweeper, rates = sweeper._replace(steps=2 * CHUNK, extensions=0), RATES[1:2]
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "task": name,
+        "rank": args.rank,
+        "steps": sweeper.steps,
+        "pretrained_accuracy": accuracy,
+    }
+    rows = known_rows(args, path, name, sweeper.steps)
+
+    def add(sweeper: Sweeper, start: str | None, method: str) -> None:
+        if find(rows, start, method) is None:
+            rank = None if start is None else args.rank
+            title = f"{name}: {start or 'all weights'}, {OPTIMIZERS[method]}"
+            rows.append({"start": start, **sweeper.sweep(method, rank, rates, title)})
+        write(path, result | {"rows": rows})
+
+    add(sweeper, None, FULL)
+    seeds = track(range(args.seeds), f"{name}: gradients and starts".ljust(40))
+    states = [states_of(task, base, args.rank, seed) for seed in seeds]
+    for method in OPTIMIZERS:
+        for start in STARTS if method != FULL else ():
+            begins = start_from(task, [of_seed[start] for of_seed in states])
+            add(sweeper._replace(task=begins, base=nnx.State({})), start, method)
+
+
+def known_rows(
+    args: argparse.Namespace, path: Path, name: str, steps: int
+) -> list[Row]:
+    """What need not be measured: rows of `benchmarks.quality`, or all so far."""
+    if args.resume and path.exists():
+        result = json.loads(path.read_text())
+    elif args.references:
+        result = json.loads(args.references.read_text())["tasks"][name]
+    else:
+        return []
+    rows = [
+        {"start": "LoRA" if row["rank"] else None} | row
+        for row in result["rows"]
+        if row["method"] in OPTIMIZERS and row["rank"] in (None, args.rank)
+    ]
+    found = result["steps"], len(rows[0]["runs"][0]["test_loss"])
+    if found != (steps, args.seeds):
+        raise ValueError(f"The rows of {name} have (steps, seeds) {found}; pass these.")
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    """The options, `--quick` applied."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one task, rate and seed")
+    parser.add_argument("--tasks", nargs="+", choices=SETTINGS)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="a folder")
+    parser.add_argument("--resume", action="store_true", help="keep what is done")
+    parser.add_argument("--references", type=Path, help="LoRA and all weights, known")
+    parser.add_argument("--report", action="store_true", help="do not measure")
+    args = parser.parse_args()
+    args.seeds = 1 if args.quick else args.seeds
+    args.tasks = args.tasks or (["digits"] if args.quick else [*SETTINGS])
+    args.output = args.output or Path("out" if args.quick else "benchmarks/results")
+    return args
+
+
+def main():
+    """Runs the benchmark, a file for each task and rank, and reports all of them."""
+    args = parse()
+    args.output.mkdir(parents=True, exist_ok=True)
+    # All starts of one optimizer are the same program: it is compiled once.
+    with tempfile.TemporaryDirectory() as cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        for name in args.tasks if not args.report else ():
+            run_task(name, args, args.output / f"initializers-{name}-{args.rank}.json")
+    report(args.output, Console(width=120))
+
+
+if __name__ == "__main__":
+    main()
