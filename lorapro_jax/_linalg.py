@@ -93,6 +93,7 @@ def eigh_psd(stack: jax.Array, sizes: np.ndarray) -> Eigh:
     return Eigh(jnp.where(finite[:, None], values, jnp.nan), vectors)
 
 
+@jax.jit  # for calls outside of one: they would compile it anew each time
 def _batched_eigh(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`jnp.linalg.eigh`, on CPUs one matrix after the other.
 
