@@ -69,9 +69,9 @@ def estimate_gradients(
       float32 (float64 for float64 kernels).
 
     Raises:
-      ValueError: No batch, no kernel, a path that is none, a kernel that is not real
-        floating point, a loss that is no scalar, a loss or gradient that is not
-        finite, gradients that are all zero, or a bad `at_once`.
+      ValueError: No batch or a single one, no kernel, a path that is none, a kernel
+        that is not real floating point, a loss that is no scalar, a loss or gradient
+        that is not finite, gradients that are all zero, or a bad `at_once`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -83,6 +83,11 @@ def estimate_gradients(
       {'up/kernel': array([[2.],
              [4.]], dtype=float32)}
     """
+    if isinstance(batches, Mapping | tuple | jax.Array | np.ndarray):
+        raise ValueError(
+            f"`batches` is a {type(batches).__name__}, as one batch may be. Pass a "
+            "list or another iterable of batches: `[batch]` if this is one."
+        )
     leaves = index_leaves(params)
     paths = select_kernels(params, kernels, pairs=pairs, stack_axis=stack_axis)
     groups = _split(paths, at_once)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 
 from ._initializer import Initializer
 from ._kernels import Kernel, KernelsSpec, find_kernels
@@ -36,8 +37,9 @@ def initialize_adapters(
 
     Call it once, before training and before `tx.init`; what the factors held before is
     dropped. Methods that change the base weights W0 (LoRA-GA, PiSSA, OLoRA) make them
-    W0 - s B A, so that the model starts as it was. Save these weights too: to the old
-    ones the adapters do not fit. (`save_peft_adapter(initial=...)` makes them fit.)
+    W0 - s B A, so that the model starts as it was with B = 0. Save these weights too:
+    to the old ones the adapters do not fit (`save_peft_adapter(initial=...)` makes them
+    fit).
 
     Computed in float32, or float64 if an array is, one layer at a time; then A and B
     are rounded to the dtypes of their leaves, W0 - s B A is taken of the rounded ones,
@@ -72,21 +74,28 @@ def initialize_adapters(
     Raises:
       ValueError: No pair; no base kernel, or one that names and sizes do not settle;
         a quantised kernel where the method needs its values or changes it; one kernel
-        of two pairs that would both change it; a gradient that is missing, of another
-        shape or not finite; what `find_pairs` and the method raise. The message names
-        the path.
+        of two pairs that would both change it, or a B that is not 0; a gradient that is
+        missing, of another shape or not finite; what `find_pairs` and the method raise.
+        The message names the path.
+      TypeError: `method` is no `Initializer`.
 
     Examples:
-      >>> import jax
+      >>> import jax, jax.numpy as jnp
       >>> from lorapro_jax import initialize_adapters
       >>> from lorapro_jax.initializers import pissa
       >>> kernel = jax.random.normal(jax.random.key(0), (6, 5))
-      >>> layer = {"kernel": kernel, "lora_a": kernel[:, :2], "lora_b": kernel[:2]}
+      >>> a, b = jnp.ones((6, 2)), jnp.zeros((2, 5))
+      >>> layer = {"kernel": kernel, "lora_a": a, "lora_b": b}
       >>> new = initialize_adapters(pissa(), layer, key=jax.random.key(1))
       >>> start = new["kernel"] + new["lora_a"] @ new["lora_b"]
       >>> bool(abs(start - kernel).max() < 1e-5)
       True
     """
+    if not isinstance(method, Initializer):
+        raise TypeError(
+            f"`method` is {method!r}. Pass an initialiser first, called, such as "
+            "`lorapro_jax.initializers.lora_ga()`."
+        )
     found = find_pairs(
         params,
         scale=scale,
@@ -108,6 +117,8 @@ def initialize_adapters(
     for pair, kernel in zip(found, at, strict=True):
         for path, x in _start(method, pair, kernel, leaves, by_path, key).items():
             new[leaves[path].position] = placed_like(x, leaves[path].value)
+    if method.changes_weight:
+        _check_untrained(found, leaves)
     flat = enumerate(jax.tree.leaves(params))
     return jax.tree.unflatten(jax.tree.structure(params), [new.get(*x) for x in flat])
 
@@ -127,6 +138,7 @@ def initialize_model(
 
     Raises:
       ValueError: As `initialize_adapters`; the model is then as it was.
+      TypeError: An argument is of another kind.
 
     Examples:
       >>> import jax
@@ -140,6 +152,8 @@ def initialize_model(
     """
     from flax import nnx
 
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"`model` is a {type(model).__name__}, not an `nnx.Module`.")
     state = nnx.state(model)
     nnx.update(model, initialize_adapters(method, state, gradients, **options))
 
@@ -156,7 +170,12 @@ def _kernels(
         return [None] * len(found)
     # The gradients may be there without their kernels, or with quantised ones.
     arrays = {path: leaf.value for path, leaf in leaves.items()}
-    at = find_kernels({**gradients, **arrays}, found, given)
+    try:
+        at = find_kernels(arrays, found, given)
+    except ValueError:
+        if not gradients:
+            raise
+        at = find_kernels({**gradients, **arrays}, found, given)
     if method.changes_weight:
         path, count = Counter(kernel.path for kernel in at).most_common(1)[0]
         if count > 1:
@@ -167,6 +186,18 @@ def _kernels(
                 "method that leaves W0 as it is."
             )
     return at
+
+
+def _check_untrained(found: Sequence[LoRAPair], leaves: Mapping[str, Leaf]) -> None:
+    """Raises ValueError where a B is known not to be 0: s B A would be lost."""
+    for pair in found:
+        b = leaves[pair.b].value
+        if not isinstance(b, jax.core.Tracer) and jnp.any(b != 0):
+            raise ValueError(
+                f"`{pair.b}` is not 0, so the model would lose what its adapters hold. "
+                "Was it initialised before? Begin with the original base weights, and "
+                "with B = 0."
+            )
 
 
 def _start(

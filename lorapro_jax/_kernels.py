@@ -70,6 +70,8 @@ def find_kernels(
         for path, leaf in leaves.items()
         if hasattr(leaf.value, "shape")
     }
+    for pattern in kernels or {}:
+        _check_pattern(pattern, pairs)
     return [_find(pair, shapes, kernels or {}) for pair in pairs]
 
 
@@ -198,6 +200,23 @@ def is_quantized(x: Any) -> bool:
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.finfo(dtype).bits <= 8
     return bool(jnp.issubdtype(dtype, jnp.integer))
+
+
+def _check_pattern(pattern: str, pairs: Sequence[LoRAPair]) -> None:
+    """Raises ValueError for a key of `kernels=` that matches no factor."""
+    try:
+        matches = [re.fullmatch(pattern, path) for pair in pairs for path in pair[:2]]
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"{pattern!r} in `kernels` is no regular expression: {error}."
+        ) from None
+    if not any(matches):
+        raise ValueError(
+            f"{pattern!r} in `kernels` matches no factor. It has to match all of a "
+            f"path, such as `{pairs[0].a}`."
+            if pairs
+            else "There is no pair for `kernels`."
+        )
 
 
 def _unknown_message(pair: LoRAPair, path: str, shapes: Iterable[str]) -> str:

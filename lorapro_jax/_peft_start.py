@@ -47,6 +47,16 @@ def read_start(
     return start
 
 
+def check_begun(start: Mapping[str, np.ndarray], factors_b: list[str]) -> None:
+    """Raises ValueError where every B0 is 0: then nothing was initialised yet."""
+    if not any(start[path].any() for path in factors_b):
+        raise ValueError(
+            "B is 0 everywhere in `initial`, so it was taken before the adapters were "
+            "initialised. Take it afterwards; if the base weights did not change, pass "
+            "None."
+        )
+
+
 def join_start(
     trained: np.ndarray, start: np.ndarray, *, is_a: bool, stack: int
 ) -> np.ndarray:

@@ -39,7 +39,7 @@ def select_kernels(
         found = find_pairs(params, pairs=pairs, stack_axis=stack_axis)
         paths = [kernel.path for kernel in find_kernels(params, found, kernels)]
     elif isinstance(kernels, str) or callable(kernels):
-        chosen = kernels if callable(kernels) else re.compile(kernels).search
+        chosen = kernels if callable(kernels) else compiled(kernels).search
         paths = [x for x, leaf in leaves.items() if _is_kernel(leaf) and chosen(x)]
     else:
         paths = [normalize_path(path) for path in kernels]
@@ -57,6 +57,14 @@ def select_kernels(
             )
         _check(path, leaves.get(path))
     return tuple(sorted(set(paths), key=lambda path: leaves[path].position))
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A regex of the user's."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}.") from None
 
 
 def some(paths: Iterable[str]) -> str:

@@ -210,7 +210,8 @@ def _check_rank(name: str, rank: int, most: int, shape: tuple[int, ...]) -> None
     if rank > most:
         raise ValueError(
             f"`{name}` can start a layer of {shape[0]} outputs and {shape[1]} inputs "
-            f"at ranks up to {most}, not at {rank}. Choose a smaller rank for it."
+            f"at ranks up to {most}, not at {rank}. Choose a smaller rank for it (in "
+            "`allocate_ranks`, `max_rank=`)."
         )
 
 

@@ -33,7 +33,7 @@ from ._peft_names import (
     layer_path,
     name_modules,
 )
-from ._peft_start import join_start, read_start
+from ._peft_start import check_begun, join_start, read_start
 from ._scale import ScaleSpec
 
 Tree = TypeVar("Tree")
@@ -123,6 +123,8 @@ def save_peft_adapter(
     due = [name for target in targets for name in target.pair[:2]]
     factors = {name: on_host(name, leaves[name].value) for name in due}
     start = None if initial is None else read_start(initial, factors)
+    if start is not None:
+        check_begun(start, [target.pair.b for target in targets])
     tensors: dict[str, np.ndarray] = {}
     layers: dict[str, LoRAPair] = {}
     for pair, a, _, names in targets:

@@ -1,5 +1,7 @@
 """Eight simulated CPU devices; float64 and quick compilation on demand."""
 
+import gc
+
 import chex
 import jax
 import pytest
@@ -21,3 +23,14 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_freed():
+    """Each is mapped memory, of which Linux gives a process 65,530 pieces.
+
+    When they run out, XLA's compiler ends the process.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -534,3 +534,17 @@ def test_errors_name_the_kernel_or_the_batch(name):
 def test_under_jit_it_says_so():
     with pytest.raises(ValueError, match="outside of `jit`"):
         jax.jit(lambda params: estimate(loss_fn, params, BATCHES))(lora_params())
+
+
+@pytest.mark.parametrize(
+    "batch", [{"x": np.ones(3)}, (np.ones(3), np.ones(3)), np.ones(3)]
+)
+def test_one_batch_instead_of_several_is_an_error(batch):
+    """Its parts or rows would count as batches."""
+    params = {"kernel": np.ones((3, 3), np.float32)}
+    loss = lambda params, batch: params["kernel"].sum()
+    with pytest.raises(ValueError, match=r"Pass a list .*`\[batch\]`"):
+        estimate_gradients(loss, params, batch, kernels="kernel", progress=False)
+    estimate_gradients(loss, params, [batch], kernels="kernel", progress=False)
+    with pytest.raises(ValueError, match="no regular expression"):
+        estimate_gradients(loss, params, [batch], kernels="((", progress=False)

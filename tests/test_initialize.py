@@ -1,5 +1,6 @@
 """Adapters that start as a method says, seen through the model's own forward pass."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,6 +218,7 @@ def test_shardings_stay_and_values_are_those_of_one_device(kind, traced):
     specs = {"kernel": ("x", "y"), "lora_a": ("x", None), "lora_b": (None, "y")}
     shapes = {"kernel": (16, 12), "lora_a": (16, RANK), "lora_b": (RANK, 12)}
     host = {name: np.asarray(normal(*shape)) for name, shape in shapes.items()}
+    host["lora_b"] = np.zeros_like(host["lora_b"])
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
     params = {name: place(x, specs[name]) for name, x in host.items()}
     gradient = np.asarray(normal(16, 12, seed=1))
@@ -486,3 +488,22 @@ def test_degenerate_gradients_stay_finite(width):
         assert distance(
             new["kernel"] + new["lora_a"] @ new["lora_b"], layer["kernel"]
         ) < (TOLERANCE), method.name
+
+
+def test_a_second_start_and_other_misuse_are_errors():
+    """Each would lose what the adapters hold, or fail far from its cause."""
+    model = nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(0))
+    before = nnx.state(model)["kernel"][...]
+    initialize_model(pissa(), model, key=KEY)
+    once = nnx.state(model)["kernel"][...]
+    assert not np.allclose(once, before)  # what a second start would change again
+
+    with pytest.raises(ValueError, match="`lora/lora_b` is not 0"):
+        initialize_model(pissa(), model, key=KEY)
+    chex.assert_trees_all_equal(nnx.state(model)["kernel"][...], once)
+    with pytest.raises(TypeError, match="Pass an initialiser first, called"):
+        initialize_model(pissa, model, key=KEY)
+    with pytest.raises(TypeError, match=r"not an `nnx\.Module`"):
+        initialize_model(model, pissa(), key=KEY)
+    with pytest.raises(ValueError, match="'typo' in `kernels` matches no factor"):
+        initialize_model(pissa(), model, key=KEY, kernels={"typo": "kernel"})

@@ -187,6 +187,8 @@ def test_a_state_of_nnx_that_followed_its_model_is_an_error(tmp_path):
     """In training it changes with the model; a copy does not."""
     model = nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(0))
     state = nnx.state(model, nnx.LoRAParam)
+    unstarted = jax.device_get(state)
+    model.lora.lora_b[...] += 1.0
     copy = jax.device_get(state)
     model.lora.lora_b[...] += 1.0
     after = nnx.state(model, nnx.LoRAParam)
@@ -195,6 +197,8 @@ def test_a_state_of_nnx_that_followed_its_model_is_an_error(tmp_path):
     )
     with pytest.raises(ValueError, match=r"same values .* `jax\.device_get\(params\)`"):
         save(state)
+    with pytest.raises(ValueError, match="B is 0 everywhere in `initial`"):
+        save(unstarted)
     assert not (tmp_path / "adapter").exists()
     save(copy)
 
