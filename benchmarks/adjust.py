@@ -25,7 +25,6 @@ against the limits in `limits.py`.
 
 import argparse
 import collections
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +42,7 @@ from lorapro_jax import lorapro, lorapro_adamw
 
 from . import limits
 from .literal import check, literal, reference
-from .measure import Contender, copy_bandwidth, machine, tree_bytes
+from .measure import Contender, copy_bandwidth, machine, save, tree_bytes
 from .trees import SCALE, TREES, build, random_pair, weights
 
 RANKS = {"vit-b16": (8, 16, 64), "t5-base": (8, 16, 64, 128), "llama2-7b": (8, 16, 64)}
@@ -217,15 +216,12 @@ def main() -> None:
     checks = limits.checks(rows, kind)
     Console(width=110).print(table(rows, speeds["in_place"]), limits.table(checks))
     print("* extrapolated from one pair of each shape; memory: the largest pair")
-    for facts in ({f"copy GB/s {k}": f"{v:.1f}" for k, v in speeds.items()}, info):
-        print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    print(", ".join(f"copy GB/s {k} {v:.1f}" for k, v in speeds.items()))
 
     output = args.output or RESULTS / f"adjust-{kind}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": info, "copy_gb_per_s": speeds, "rows": rows}
     report["checks"] = [check._asdict() for check in checks]
-    output.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {output}", file=sys.stderr)
+    save(report, output)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ and an H100; without a GPU at hand, the compiler picks no algorithms by trying t
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -34,7 +33,7 @@ from rich.table import Table
 
 from lorapro_jax import _groups, lorapro, lorapro_adamw
 
-from .measure import machine, tree_bytes
+from .measure import machine, save, tree_bytes
 from .trees import SCALE, TREES
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,8 +60,6 @@ dnn_version_info { major: 9 minor: 7 }
 runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-
-
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -196,11 +193,8 @@ def main() -> None:
     rows.sort(key=lambda row: (row["contender"], row["stacked"], row["layers"]))
     Console(width=110).print(table(rows))
     info = machine() | {"platform": args.platform, "device": at.device_kind}
-    print(", ".join(f"{key} {value}" for key, value in info.items()))
     output = args.output or RESULTS / f"compiled-{args.platform}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
-    print(f"written to {output}", file=sys.stderr)
+    save({"machine": info, "rows": rows}, output)
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ from rich.progress import track
 
 from benchmarks.initializers_report import FULL, OPTIMIZERS, find, report, write
 from benchmarks.measure import machine
-from benchmarks.quality import GRID, SETTINGS, Sweeper
+from benchmarks.quality import GRID, SETTINGS, Sweeper, prepare
 from benchmarks.quality_report import Row
-from examples.training import CHUNK, Run, Task, loss_and_accuracy, pretrain, take_batch
+from examples.training import Run, Task, loss_and_accuracy, take_batch
 from lorapro_jax import estimate_gradients, find_pairs, initialize_adapters
 from lorapro_jax.initializers import Initializer, gora, lora_ga, lora_one, pissa
 
@@ -109,15 +109,9 @@ def start_from(task: Task, states: Sequence[Any]) -> Task:
 
 def run_task(name: str, args: argparse.Namespace, path: Path) -> None:
     """Every start with every optimizer on one task; saved after each."""
-    setting = SETTINGS[name]
-    known, task = setting.load()
-    pretraining = setting.pretraining | ({"steps": 50} if args.quick else {})
-    bar = lambda chunks: track(chunks, f"{name}: pretraining".ljust(40))
-    base, accuracy = pretrain(known, progress=bar, **pretraining)
-    sweeper = Sweeper(setting, task, base, args.seeds, setting.steps)
-    rates = RATES
-    if args.quick:
-        sweeper, rates = sweeper._replace(steps=2 * CHUNK, extensions=0), RATES[1:2]
+    sweeper, accuracy = prepare(name, args)
+    task, base = sweeper.task, sweeper.base
+    rates = RATES[1:2] if args.quick else RATES
     result: dict[str, Any] = {
         "machine": machine(),
         "task": name,

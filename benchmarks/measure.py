@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +92,14 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def save(report: dict[str, Any], output: pathlib.Path) -> None:
+    """Prints the machine of a report, and writes all of it as JSON."""
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"written to {output}", file=sys.stderr)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -175,8 +175,8 @@ def grid(name: str, rows: list[dict[str, Any]], *, quick: bool) -> list[float]:
     return sorted({*rates, *itertools.chain(*map(lower_rates, full))})
 
 
-def run_task(name, args, save) -> None:
-    """Every method on one task; `save` is told the rows so far."""
+def prepare(name: str, args: argparse.Namespace) -> tuple[Sweeper, float]:
+    """The sweeps on one task, after pretraining, and its accuracy."""
     setting = SETTINGS[name]
     known, task = setting.load()
     pretraining = setting.pretraining | ({"steps": 50} if args.quick else {})
@@ -185,6 +185,12 @@ def run_task(name, args, save) -> None:
     sweeper = Sweeper(setting, task, base, args.seeds, setting.steps)
     if args.quick:
         sweeper = sweeper._replace(steps=2 * CHUNK, extensions=0)
+    return sweeper, accuracy
+
+
+def run_task(name, args, save) -> None:
+    """Every method on one task; `save` is told the rows so far."""
+    sweeper, accuracy = prepare(name, args)
     rows: list[dict[str, Any]] = []
     for method in args.methods:
         for rank in [None] if method == "full" else args.ranks:

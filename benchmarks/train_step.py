@@ -14,7 +14,6 @@ most that it should be.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,7 @@ from examples import byte_lm, vit_digits
 from examples.training import Data, loss_and_accuracy
 from lorapro_jax import lorapro, lorapro_adamw
 
-from .measure import Contender, machine
+from .measure import Contender, machine, save
 
 RANK, RATE = 8, 1e-4
 RESULTS = Path(__file__).parent / "results"
@@ -169,12 +168,8 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr)
         rows += run_model(name, args.turns)
     Console(width=110).print(table(rows))
-    info = machine()
-    print(", ".join(f"{key} {value}" for key, value in info.items()))
     output = args.output or RESULTS / f"train-step-{_platform()}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": info, "rows": rows}, indent=1) + "\n")
-    print(f"written to {output}", file=sys.stderr)
+    save({"machine": machine(), "rows": rows}, output)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 
 from ._budget import desired_ranks, fit_ranks
-from ._estimate import to_host
 from ._layout import LayoutError, Shape, as_axes
-from ._leaves import Leaf, index_leaves
+from ._leaves import Leaf, index_leaves, to_host
 from ._paths import normalize_path
 from ._rank_table import RankRow, RankTable
 from ._select import some

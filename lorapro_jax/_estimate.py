@@ -8,10 +8,9 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from ._leaves import Leaf, index_leaves
+from ._leaves import Leaf, index_leaves, to_host
 from ._pairs import PairsSpec
 from ._select import KernelChoice, select_kernels, some
 
@@ -113,13 +112,6 @@ def estimate_gradients(
     for path in paths:
         sums[path] /= count  # in place on the host
     return sums
-
-
-def to_host(x: Any) -> np.ndarray:
-    """An array in NumPy; from a mesh of several processes, all of it in each."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
 
 
 def _program(

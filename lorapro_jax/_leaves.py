@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from ._paths import normalize_path
 
@@ -62,3 +64,10 @@ def masked_paths(tree: Any) -> set[str]:
     empty = lambda x: x is None or isinstance(x, optax.MaskedNode)
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=empty)
     return {normalize_path(path) for path, leaf in found if empty(leaf)}
+
+
+def to_host(x: Any) -> np.ndarray:
+    """An array in NumPy; from a mesh of several processes, all of it in each."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)

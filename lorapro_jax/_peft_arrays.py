@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ._layout import FactorAxes, LoRAPair, Shape, factor_axes
+from ._leaves import to_host
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -82,15 +82,13 @@ def peft_shapes(shape: Shape, axes: FactorAxes, *, is_a: bool) -> list[Shape]:
 
 def on_host(path: str, x: Any) -> np.ndarray:
     """All of a factor, also of one that other processes hold a part of."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        x = multihost_utils.process_allgather(x, tiled=True)
     if not isinstance(x, jax.Array | np.ndarray) or x.dtype.name not in _DTYPES:
         kind = type(x).__name__
         raise ValueError(
             f"`{path}` is a {kind} of dtype {x.dtype}; a PEFT file holds arrays of one "
             f"of {_DTYPES}."
         )
-    return np.asarray(x)
+    return to_host(x)
 
 
 def like_leaf(path: str, x: np.ndarray, leaf: Any) -> Any:
