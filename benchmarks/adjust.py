@@ -52,7 +52,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def _adjusting(params: Any, grads: Any, damping: float = DAMPING) -> Contender:
-    tx = lorapro(SCALE, damping=damping)
+    tx = lorapro(scale=SCALE, damping=damping)
 
     def step(params: Any, grads: Any) -> Any:
         return tx.update(grads, optax.EmptyState(), params)[0]
@@ -118,7 +118,7 @@ def run_case(
     adjusting = _adjusting(params, grads)
     error = _check_adjusted(tree, rank, adjusting.run())
     adamw = _stepping("adamw", optax.adamw(1e-4), params, grads)
-    chain = optax.chain(lorapro(SCALE, damping=DAMPING), optax.adamw(1e-4))
+    chain = optax.chain(lorapro(scale=SCALE, damping=DAMPING), optax.adamw(1e-4))
     chained = _stepping("lorapro + adamw", chain, params, grads)
     factored = _stepping(
         "lorapro_adamw", lorapro_adamw(1e-4, scale=SCALE), params, grads

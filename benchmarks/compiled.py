@@ -31,7 +31,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lorapro_jax import _groups, lorapro, lorapro_adamw
+from lorapro_jax import lorapro, lorapro_adamw
+from lorapro_jax.transforms import _groups
 
 from .measure import machine, save, tree_bytes
 from .trees import SCALE, TREES
@@ -40,7 +41,7 @@ RESULTS = Path(__file__).parent / "results"
 DEPTHS = (4, 8, 16, 32)
 CONTENDERS = {
     "adamw": lambda: optax.adamw(1e-4),
-    "lorapro + adamw": lambda: optax.chain(lorapro(SCALE), optax.adamw(1e-4)),
+    "lorapro + adamw": lambda: optax.chain(lorapro(scale=SCALE), optax.adamw(1e-4)),
     "lorapro_adamw": lambda: lorapro_adamw(1e-4, scale=SCALE),
 }
 KERNELS = "fusion|custom-call|copy|transpose|dot|convolution|reduce|concatenate"

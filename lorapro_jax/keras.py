@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 
-from ._layout import LoRAPair
-from ._pairs import find_pairs
-from ._paths import normalize_path, parse_factor_name
+from .pairs._axes import LoRAPair
+from .pairs._find import find_pairs
+from .pairs._names import normalize_path, parse_factor_name
+
+__all__ = ["keras_pairs"]
 
 
 def keras_pairs(
@@ -80,6 +82,7 @@ def keras_pairs(
 
 
 def _path(variable: Any) -> str:
+    """The path of a variable, as this package writes paths."""
     if not isinstance(path := getattr(variable, "path", None), str):
         raise TypeError(
             f"`variables` contains objects without `path`: {type(variable).__name__}. "

@@ -1,26 +1,39 @@
 """The package as it is installed: its imports, its names, its documentation."""
 
 import importlib.metadata
+import pydoc
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import lorapro_jax
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
+FUNCTIONS = {
+    "allocate_ranks", "describe_pairs", "equivalent_gradient", "estimate_gradients",
+    "find_pairs", "initialize_adapters", "initialize_model", "lorapro",
+    "lorapro_adamw", "scale_by_lorapro_adam", "stochastic_rounding",
+}  # fmt: skip
+CLASSES = {"LoRAPair", "RankTable", "ScaleByLoRAProAdamState"}
+MODULES = {"diagnostics", "initializers", "keras", "peft"}
+
+
+def printed_by(code):
+    """The words that a fresh interpreter prints."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return set(result.stdout.split())
 
 
 def modules_after(statement):
     """The modules that a fresh interpreter has loaded after `statement`."""
-    code = f"import sys; {statement}; print(*sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
-    return set(result.stdout.split())
+    return printed_by(f"import sys; {statement}; print(*sys.modules)")
 
 
 def test_import_loads_neither_flax_nor_orbax():
@@ -33,21 +46,49 @@ def test_control_the_check_above_sees_an_import():
     assert "flax" in modules_after("import lorapro_jax, flax")
 
 
+def test_modules_load_when_they_are_used():
+    """After `import lorapro_jax` alone; the facade itself needs but two of them."""
+    code = """
+import sys
+import lorapro_jax
+before = set(sys.modules)
+assert not {"lorapro_jax.peft", "lorapro_jax.keras"} & before
+lorapro_jax.initializers.pissa()
+lorapro_jax.peft.save_peft_adapter
+lorapro_jax.diagnostics.equivalent_gradient
+lorapro_jax.keras.keras_pairs
+print(*sys.modules)
+"""
+    loaded = printed_by(code)
+    assert {f"lorapro_jax.{name}" for name in MODULES} <= loaded
+    assert not {"flax", "orbax", "keras", "safetensors"} & loaded
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"'lorapro_jax' has no attribute 'adam'"):
+        _ = lorapro_jax.adam
+
+
 def test_facade_is_complete_and_typed():
-    names = {
-        name
-        for name, value in vars(lorapro_jax).items()
-        if not (name.startswith("_") or isinstance(value, ModuleType))
-    }
-    assert names == {
-        "LoRAPair", "RankTable", "ScaleByLoRAProAdamState", "allocate_ranks",
-        "describe_pairs", "equivalent_gradient", "estimate_gradients", "find_pairs",
-        "initialize_adapters", "initialize_model", "lorapro", "lorapro_adamw",
-        "scale_by_lorapro_adam",
-    }  # fmt: skip
-    assert (Path(lorapro_jax.__file__).parent / "py.typed").exists()
-    for name in names:
+    assert set(lorapro_jax.__all__) == FUNCTIONS | CLASSES
+    assert set(dir(lorapro_jax)) == FUNCTIONS | CLASSES | MODULES | {"__version__"}
+    assert (ROOT / "lorapro_jax" / "py.typed").exists()
+    for name in lorapro_jax.__all__:
         assert getattr(lorapro_jax, name).__doc__
+
+
+def test_help_shows_the_public_functions_before_anything_else():
+    """The docstring is a list of them, and comes first."""
+    text = re.sub(".\x08", "", pydoc.render_doc(lorapro_jax))  # bold as on a terminal
+    overview = text[: text.index("PACKAGE CONTENTS")]
+    for name in FUNCTIONS | {f"lorapro_jax.{name}" for name in MODULES}:
+        assert name in overview, name
+
+
+def test_options_of_lorapro_have_to_be_named():
+    """Else `lorapro(1e-3)` would take a learning rate for a scale."""
+    with pytest.raises(TypeError, match="positional argument"):
+        lorapro_jax.lorapro(1e-3)
 
 
 def test_version_is_that_of_the_metadata_and_of_the_changelog():
@@ -64,8 +105,3 @@ def test_oldest_versions_tested_are_those_declared():
     declared = {x.replace(">=", "==") for x in pyproject["project"]["dependencies"]}
     pinned = set((ROOT / ".ci" / "oldest.txt").read_text().split())
     assert declared <= pinned
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "lorapro_jax").glob("*.py")))
-def test_modules_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 250

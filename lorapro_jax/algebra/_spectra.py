@@ -1,0 +1,132 @@
+"""Gram matrices BᵀB and AAᵀ of all pairs in their eigenbases, and powers of them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from ._factors import Both, PairArrays
+from ._linalg import (
+    Eigh,
+    eigh_psd,
+    matmul,
+    not_through,
+    reciprocal,
+    rounding_level,
+)
+from ._products import contract, times, unit_of
+from ._stack import Stack, split_batches, stack_square
+
+
+class Spectra(NamedTuple):
+    """The Gram matrices of N pairs and layers in their eigenbases, as one stack.
+
+    Attributes:
+      stack: Which pair's matrices are where; static.
+      units: `(*batch)` of each pair, the power of two that its factors were
+        multiplied with.
+      b: The decompositions BᵀB = U diag(λ) Uᵀ, `(N, R)` and `(N, R, R)`.
+      a: The same of AAᵀ = V diag(μ) Vᵀ.
+      grams: BᵀB of all, then AAᵀ of all, `(2, N, R, R)`, zero-padded. Derivatives go
+        through these: those of eigenvectors do not exist where eigenvalues agree, as
+        all do at B = 0, while those of the results do.
+    """
+
+    stack: Stack
+    units: Sequence[jax.Array]
+    b: Eigh
+    a: Eigh
+    grams: jax.Array
+
+    def damping(self, relative: ArrayLike) -> jax.Array:
+        """The e = damping · (tr BᵀB + tr AAᵀ) / r of each matrix, `(N, 1)`."""
+        trace = self.b.values.sum(-1) + self.a.values.sum(-1)
+        mean = trace / jnp.asarray(self.stack.sizes, trace.dtype)
+        return (jnp.asarray(relative, trace.dtype) * mean)[:, None]
+
+
+def decompose(pairs: Sequence[PairArrays]) -> Spectra:
+    """The eigendecompositions that serve every gradient at the same factors: one call.
+
+    Args:
+      pairs: In their compute dtype; any mix of ranks, shapes, batches and dtypes.
+    """
+    stack = Stack.of(pairs)
+    # In units of its larger factor no Gram matrix over- or underflows.
+    units = [1 / unit_of(pair.factors) for pair in pairs]
+    grams_a, grams_b = [], []
+    for pair, unit in zip(pairs, units, strict=True):
+        a, b = times(unit, pair.a), times(unit, pair.b)
+        grams_a.append(contract(a, a))
+        grams_b.append(contract(b, b))
+    grams = jnp.concatenate([stack.join(grams_b), stack.join(grams_a)])
+    both = jax.lax.stop_gradient(grams)
+    values, vectors = eigh_psd(both, np.tile(stack.sizes, 2))
+    (lam, mu), (u, v) = jnp.split(values, 2), jnp.split(vectors, 2)
+    parts = grams.reshape(2, -1, *grams.shape[1:])
+    return Spectra(stack, units, Eigh(lam, u), Eigh(mu, v), parts)
+
+
+def damped_inverse(values: jax.Array, e: jax.Array, sizes: np.ndarray) -> jax.Array:
+    """1/(λ+e), and 0 for a lost direction that e is too small to bring back.
+
+    There e is itself below the rounding noise of the Gram matrix and of what the
+    result is multiplied with, and 1/e would amplify that noise.
+    """
+    lost = (values == 0) & (e < rounding_level(values, sizes))
+    return jnp.where(lost, 0, reciprocal(values + e))
+
+
+def gram_powers(
+    spectra: Spectra, power: float, damping: ArrayLike = 0.0
+) -> list[Both[jax.Array]]:
+    """(AAᵀ + eI)^p and (BᵀB + eI)^p of each pair, `(*batch, r, r)`, for p < 0.
+
+    0 in the directions that a factor lacks.
+
+    Args:
+      spectra: The `decompose` of the pairs.
+      power: p.
+      damping: e in units of (tr BᵀB + tr AAᵀ) / r.
+    """
+    stack, e = spectra.stack, spectra.damping(damping)
+    known = not_through(
+        "A power of a Gram matrix", (spectra.a, spectra.b), spectra.grams
+    )
+    # The Grams are in units of their factors: their powers are too.
+    size = stack.join_scalars(spectra.units) ** (-2 * power)
+
+    def power_of(eig: Eigh) -> list[jax.Array]:
+        root = damped_inverse(eig.values, e, stack.sizes) ** -power
+        whole = matmul(eig.vectors * root[:, None, :], eig.vectors.mT)
+        parts = stack.split(size * whole)
+        return [
+            x.astype(unit.dtype) for x, unit in zip(parts, spectra.units, strict=True)
+        ]
+
+    return [Both(*x) for x in zip(*map(power_of, known), strict=True)]
+
+
+def inverse_roots(matrices: Sequence[jax.Array], floor: ArrayLike) -> list[jax.Array]:
+    """(V + floor · I)^(-½) of positive semi-definite matrices, with one `eigh`.
+
+    0 in the directions in which V + floor is 0.
+
+    Args:
+      matrices: `(*batch, r, r)` each.
+      floor: At least 0, in the units of V.
+    """
+    batches = [x.shape[:-2] for x in matrices]
+    sizes = np.repeat(
+        [x.shape[-1] for x in matrices], [int(np.prod(batch)) for batch in batches]
+    )
+    values, vectors = eigh_psd(stack_square(matrices), sizes)
+    root = jnp.sqrt(reciprocal(values + jnp.asarray(floor, values.dtype)))
+    parts = split_batches(matmul(vectors * root[:, None, :], vectors.mT), batches)
+    return [
+        x[..., : y.shape[-1], : y.shape[-1]].astype(y.dtype)
+        for x, y in zip(parts, matrices, strict=True)
+    ]

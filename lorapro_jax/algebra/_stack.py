@@ -1,0 +1,110 @@
+"""The r×r matrices of all pairs as one array, and back.
+
+Mixed ranks are padded with zeros to the largest, and the layers of a stacked pair are
+matrices like any other, so that one program serves all of them.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._axes import Shape
+from ._factors import PairArrays
+from ._linalg import matmul
+from ._sharding import replicated
+
+_CHUNK = 16
+"""Of pairs; see `Stack.products`."""
+
+
+class Stack(NamedTuple):
+    """Where the matrices of each pair lie among those of all; static.
+
+    Attributes:
+      ranks: r of each pair.
+      batches: Its `(*batch)`, `()` where it is one layer.
+    """
+
+    ranks: tuple[int, ...]
+    batches: tuple[Shape, ...]
+
+    @classmethod
+    def of(cls, pairs: Sequence[PairArrays]) -> "Stack":
+        """That of these pairs, in their order."""
+        return cls(tuple(x.rank for x in pairs), tuple(x.batch for x in pairs))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """The rank of each matrix, `(N,)`."""
+        return np.repeat(self.ranks, [math.prod(batch) for batch in self.batches])
+
+    def join(self, matrices: Sequence[jax.Array]) -> jax.Array:
+        """`(*batch_i, r_i, r_i)` of all pairs as `(N, R, R)`, on every device."""
+        return stack_square([replicated(x) for x in matrices])
+
+    def join_scalars(self, scalars: Sequence[jax.Array]) -> jax.Array:
+        """`(*batch_i)` of all pairs as `(N, 1, 1)`, in the widest dtype."""
+        widest = _widest(scalars)
+        flat = [replicated(x).reshape(-1).astype(widest) for x in scalars]
+        return jnp.concatenate(flat)[:, None, None]
+
+    def split(self, stack: jax.Array) -> list[jax.Array]:
+        """The reverse of `join`, for `(N, R, R)`."""
+        parts = split_batches(stack, self.batches)
+        return [x[..., :r, :r] for x, r in zip(parts, self.ranks, strict=True)]
+
+    def products(self, left: jax.Array, right: jax.Array) -> list[jax.Array]:
+        """`left @ right` of all matrices, divided: `(*batch_i, ...)` for each pair.
+
+        In chunks of pairs, because XLA compiles equal programs once, and programs that
+        read different places of an array differ. Those at one place of several arrays
+        of a shape are equal, so a few dozen slices serve hundreds of pairs.
+        """
+        counts = [math.prod(batch) for batch in self.batches]
+        ends = [0, *itertools.accumulate(counts)]
+        products = []
+        for i in range(0, len(counts), _CHUNK):
+            batches = self.batches[i : i + _CHUNK]
+            chunk = slice(ends[i], ends[i + len(batches)])
+            products += split_batches(matmul(left[chunk], right[chunk]), batches)
+        return products
+
+
+def stack_square(matrices: Sequence[jax.Array]) -> jax.Array:
+    """Stacks square matrices of mixed size and batch shape into one array.
+
+    Args:
+      matrices: `(*batch_i, r_i, r_i)` each; the widest dtype is that of all.
+
+    Returns:
+      `(N, R, R)` with `N` the number of matrices in all batches and `R` the
+      largest `r_i`; smaller ones fill their top left corner, the rest is 0.
+    """
+    size = max(x.shape[-1] for x in matrices)
+    widest = _widest(matrices)
+
+    def padded(x: jax.Array) -> jax.Array:
+        missing = size - x.shape[-1]
+        flat = x.reshape(-1, *x.shape[-2:]).astype(widest)
+        return jnp.pad(flat, [(0, 0), (0, missing), (0, missing)])
+
+    return jnp.concatenate([padded(x) for x in matrices])
+
+
+def split_batches(stack: jax.Array, batches: Sequence[Shape]) -> list[jax.Array]:
+    """Divides `(N, *rest)` into one `(*batch_i, *rest)` for each batch shape."""
+    counts = [math.prod(batch) for batch in batches]
+    parts = jnp.split(stack, np.cumsum(counts)[:-1])
+    return [
+        part.reshape(*batch, *stack.shape[1:])
+        for part, batch in zip(parts, batches, strict=True)
+    ]
+
+
+def _widest(arrays: Sequence[jax.Array]) -> jnp.dtype:
+    return max((x.dtype for x in arrays), key=lambda dtype: dtype.itemsize)

@@ -1,0 +1,86 @@
+"""Thin m×n matrices: sums of products of an m×r and an r×n array, never formed.
+
+The equivalent gradient s (B a + b A) is one: s times [B, b] on the left and [a; A] on
+the right.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from ._factors import (
+    Both,
+    Factor,
+    PairArrays,
+    Step,
+)
+from ._linalg import Norm, root
+from ._products import apply, contract, times, unit_of
+from ._sharding import replicated
+
+
+def thin_gradients(
+    pair: PairArrays, left: Sequence[Factor], right: Sequence[Factor]
+) -> Step:
+    """LoRA's gradients s Bᵀ X and s X Aᵀ of a thin X = s Σ left_k right_k.
+
+    Args:
+      pair: The factors A and B.
+      left: Factors like B.
+      right: As many factors like A.
+    """
+    grad_a, grad_b = pair.factors.map(lambda x: x.map(jnp.zeros_like))
+    for x, y in zip(left, right, strict=True):
+        grad_a += apply(contract(pair.b, x), y)
+        grad_b += apply(contract(pair.a, y), x)
+    square = jnp.asarray(pair.scale, pair.dtype) ** 2
+    return Both(times(square, grad_a), times(square, grad_b))
+
+
+def carry(pair: PairArrays, factors: Both[Factor], mean: Step) -> Step:
+    """LoRA's gradients, at the factors of today, of a mean M of former steps.
+
+    `project` then gives what the factors of today can express of M.
+
+    Args:
+      pair: The factors A and B of today.
+      factors: A⁻ and B⁻, those that M = s (B⁻ μ_a + μ_b A⁻) belongs to.
+      mean: μ_a and μ_b.
+    """
+    old, mean = (x.map(lambda y: y.astype(pair.dtype)) for x in (factors, mean))
+    return thin_gradients(pair, (old.b, mean.b), (mean.a, old.a))
+
+
+def energies(factors: Both[Factor], step: Step) -> Both[Factor]:
+    """The column and the row sums of E∘E, exactly, for E = B a + b A.
+
+    Returns:
+      The sums over the features of B, like A, and those over the features of A, like
+      B, both with a rank axis of size 1; up to rounding, which may leave less than
+      0. They are no numbers where squares of E overflow.
+    """
+    left, right = (factors.b, step.b), (step.a, factors.a)
+    return Both(_row_sums(right, left), _row_sums(left, right))
+
+
+def norm(factors: Both[Factor], step: Step) -> Norm:
+    """‖E‖ of each layer, for E = B a + b A, whatever its size is."""
+    unit = unit_of(step)
+    a, b = step.map(lambda x: times(1 / unit, x))
+    left, right = (factors.b, b), (a, factors.a)
+    grams_b = [replicated(contract(x, y)) for x in left for y in left]
+    grams_a = [replicated(contract(x, y)) for x in right for y in right]
+    products = [x * y for x, y in zip(grams_b, grams_a, strict=True)]
+    square = jnp.stack(products).sum((0, -2, -1))
+    return Norm(unit, root(jnp.where(square < 0, 0, square)))
+
+
+def _row_sums(left: tuple[Factor, Factor], right: tuple[Factor, Factor]) -> Factor:
+    """Σ_j X_ij² for X = Σ_k left_k right_k, like `left` with a rank axis of 1."""
+    (x, y), (z, w) = left, right
+    squares = (
+        x * apply(contract(z, z), x)
+        + 2 * x * apply(contract(z, w), y)
+        + y * apply(contract(w, w), y)
+    )
+    return squares.map(lambda x: x.sum(squares.axes.rank, keepdims=True))

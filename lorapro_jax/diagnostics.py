@@ -1,0 +1,188 @@
+"""What a step does to the weight, and whether gradients are of one weight at all."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from .algebra._adjust import equivalent
+from .algebra._factors import (
+    Both,
+    Factor,
+    PairArrays,
+    in_compute_dtype,
+)
+from .algebra._linalg import root
+from .algebra._products import contract, times, unit_of
+from .algebra._sharding import replicated
+from .pairs._axes import Axes, LayoutError, LoRAPair, check_axes
+from .pairs._find import PairsSpec, find_pairs
+from .pairs._infer import infer_axes
+from .pairs._messages import no_pairs_message
+from .transforms._view import View
+
+__all__ = ["check_gradients", "equivalent_gradient"]
+
+
+def check_gradients(
+    grads: Any,
+    params: Any,
+    *,
+    pairs: PairsSpec | None = None,
+    stack_axis: int | Sequence[int] | None = None,
+) -> dict[str, jax.Array]:
+    """How far the two gradients of each pair are from being of one weight.
+
+    LoRA-Pro takes g_A = s Bᵀ G and g_B = s G Aᵀ to come from one G, and then
+    g_A Aᵀ = Bᵀ g_B, an r×r equation. This is the distance of its two sides:
+
+        ‖g_A Aᵀ - Bᵀ g_B‖ / max(‖g_A Aᵀ‖, ‖Bᵀ g_B‖)
+
+    * Up to 1e-5 (1e-2 for gradients in bfloat16): rounding. Sound pairs have 2e-7.
+    * From 0.1 to 1.4: the gradients are not of W = W0 + s B A. One A serves several
+      Bs, the forward pass uses the product twice or sums it over heads, the pair was
+      read with wrong axes (`pairs=` says others), a factor's gradient is stopped
+      (then `wrt=` of `lorapro`), or something before it in the chain, such as
+      clipping leaf by leaf or LoRA+, has scaled the two differently.
+    * In between: dropout with another mask for each use, or gradients of low
+      precision.
+
+    At B = 0, where most runs start, both sides are 0 and so is the distance: check
+    after a step. s is not needed, because it is in both.
+
+    Args:
+      grads: The gradients, a tree.
+      params: The parameters that they were taken of.
+      pairs: Explicit pairs, as in `lorapro`.
+      stack_axis: The axes along which layers are stacked, as in `lorapro`.
+
+    Returns:
+      The distance of each pair by the path of its A: a scalar, or `(*batch)` for
+      stacked layers. Works under `jit`.
+
+    Raises:
+      ValueError: For no pair, and for everything that `find_pairs` raises.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from lorapro_jax.diagnostics import check_gradients
+      >>> key = iter(jax.random.split(jax.random.key(0), 3))
+      >>> normal = lambda *shape: jax.random.normal(next(key), shape)
+      >>> params = {"lora_a": normal(8, 2), "lora_b": normal(2, 4)}
+      >>> x = normal(16, 8)
+      >>> loss = lambda p: jnp.sum(jnp.sin(x @ p["lora_a"] @ p["lora_b"]))
+      >>> distance = check_gradients(jax.grad(loss)(params), params)
+      >>> bool(distance["lora_a"] < 1e-5)
+      True
+    """
+    found = find_pairs(grads, pairs=pairs, stack_axis=stack_axis)
+    if not found:
+        raise ValueError(no_pairs_message(grads, "There is nothing to check."))
+    arrays = map(in_compute_dtype, View.of(found, grads).take(grads, params))
+    return {pair.a: _mismatch(x) for pair, x in zip(found, arrays, strict=True)}
+
+
+def _mismatch(pair: PairArrays) -> jax.Array:
+    """The distance of the two sides, `(*batch)`."""
+    one = lambda both: both.map(lambda x: times(1 / unit_of(both), x))
+    factors, gradients = one(pair.factors), one(pair.gradients)
+    sides = contract(gradients.a, factors.a), contract(factors.b, gradients.b)
+    size = lambda x: root(jnp.sum(replicated(x) ** 2, (-2, -1)))
+    larger = jnp.maximum(*map(size, sides))
+    distance = size(replicated(sides[0]) - replicated(sides[1]))
+    return distance / jnp.where(larger == 0, 1, larger)
+
+
+def equivalent_gradient(
+    a: jax.Array,
+    b: jax.Array,
+    da: jax.Array,
+    db: jax.Array,
+    scale: ArrayLike = 1.0,
+    *,
+    pair: LoRAPair | None = None,
+) -> jax.Array:
+    """The first-order change of the weight when (A, B) moves by (da, db).
+
+    In the paper's notation `s (B da + db A)`: for gradients of the factors this is
+    the gradient that a full fine-tuning step would have to use to do the same.
+
+    Args:
+      a: A, `(*in, r)`; or `(r, *in)` with a B of `(out, r)`, as in PyTorch.
+      b: B, `(r, *out)`.
+      da: The step or gradient of A, like `a`.
+      db: The step or gradient of B, like `b`.
+      scale: The scale s of W = W0 + s B A: a scalar, or for stacked layers an array of
+        their shape with one for each.
+      pair: The axes of the factors as `find_pairs` returns them, needed for stacked
+        layers and for square factors; its paths and scale are not used.
+
+    Returns:
+      In float32, or float64 if an array is: the shape of the weight, `(*in, *out)`;
+      with PyTorch's layout `(*out, *in)`. Batch axes come first.
+
+    Raises:
+      ValueError: Shapes that are no LoRA pair or more than one, complex arrays, or a
+        scale that is neither a real number nor one for each layer.
+
+    References:
+      Wang et al., `LoRA-Pro: Are Low-Rank Adapters Properly Optimized?
+      <https://arxiv.org/abs/2407.18242>`_, 2025, section 2.2.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from lorapro_jax import equivalent_gradient
+      >>> a, b = jnp.ones((64, 4)), jnp.zeros((4, 32))
+      >>> equivalent_gradient(a, b, 0 * a, jnp.ones_like(b), 2.0)[0, 0]
+      Array(8., dtype=float32)
+    """
+    a, b, da, db = (jnp.asarray(x) for x in (a, b, da, db))
+    axes = _axes(a, b, da, db, pair)
+    at_a, at_b = axes.factor_axes
+    _check_scale(scale, tuple(a.shape[axis] for axis in at_a.batch))
+    step = Both(Factor(da, at_a), Factor(db, at_b))
+    pair_arrays = PairArrays(Factor(a, at_a), Factor(b, at_b), step, scale)
+    arrays = in_compute_dtype(pair_arrays)
+    out_by_in = equivalent(arrays, arrays.gradients)
+    if axes.a_rank < axes.b_rank:  # PyTorch's layout: the weight is (out, in)
+        return out_by_in
+    first, count = len(axes.b_batch), len(arrays.b.features)
+    return jnp.moveaxis(out_by_in, range(first, first + count), range(-count, 0))
+
+
+def _axes(
+    a: jax.Array, b: jax.Array, da: jax.Array, db: jax.Array, pair: LoRAPair | None
+) -> Axes:
+    """The axes of factors that may stand together, from `pair` or from the shapes."""
+    if (a.shape, b.shape) != (da.shape, db.shape):
+        raise ValueError(
+            f"The steps have shapes {da.shape} and {db.shape}, their factors {a.shape} "
+            f"and {b.shape}. Pass `(a, b, da, db)` in this order."
+        )
+    if any(jnp.iscomplexobj(x) for x in (a, b, da, db)):
+        raise ValueError("Complex factors are not supported; pass real arrays.")
+    try:
+        if pair is None:
+            return infer_axes(a.shape, b.shape, ("jax", "torch"), ())
+        return check_axes(a.shape, b.shape, pair)
+    except LayoutError as error:
+        raise ValueError(
+            f"Factors of shape {a.shape} and {b.shape} cannot be read as one LoRA "
+            f"pair: {error}. Pass `pair=` from `find_pairs`, or a `LoRAPair` with all "
+            "axes."
+        ) from None
+
+
+def _check_scale(scale: ArrayLike, batch: tuple[int, ...]) -> None:
+    """Raises ValueError where a scale is neither a number nor one for each layer."""
+    array = scale if isinstance(scale, jax.Array) else np.asarray(scale)
+    shape, kind = array.shape, array.dtype
+    real = jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)
+    if not real or shape not in ((), batch):
+        layers = f", or an array of shape {batch}" if batch else ""
+        raise ValueError(
+            f"`scale` is {kind} of shape {shape}. Pass one real number{layers}."
+        )

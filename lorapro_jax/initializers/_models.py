@@ -1,0 +1,71 @@
+"""An initialiser on an NNX model, in place."""
+
+from typing import Any
+
+import jax
+
+from ..pairs._names import normalize_path
+from ..weights._axes import Order
+from ..weights._given import KernelsSpec
+from ._contract import Initializer
+from ._trees import start_adapters
+
+
+def initialize_model(
+    method: Initializer,
+    model: Any,
+    gradients: Any = None,
+    *,
+    key: jax.Array,
+    kernels: KernelsSpec | None = None,
+    **options: Any,
+) -> None:
+    """`initialize_adapters` on an NNX model, in place.
+
+    Until it is done, the base kernels that change are there twice. The model tells
+    more than its state does: the kernels of Flax's `Linear`, `LinearGeneral` and `Conv`
+    have their inputs first, even where they are square.
+
+    Args:
+      method: See `initialize_adapters`.
+      model: An `nnx.Module`.
+      gradients: See `initialize_adapters`.
+      key: See `initialize_adapters`.
+      kernels: See `initialize_adapters`.
+      **options: The others of `initialize_adapters`.
+
+    Raises:
+      ValueError: As `initialize_adapters`; the model is then as it was.
+      TypeError: An argument is of another kind.
+
+    Examples:
+      >>> import jax
+      >>> from flax import nnx
+      >>> from lorapro_jax import initialize_model
+      >>> from lorapro_jax.initializers import olora
+      >>> model = nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(0))
+      >>> initialize_model(olora(), model, key=jax.random.key(1))
+      >>> bool((model.lora.lora_b[...] != 0).all())
+      True
+    """
+    from flax import nnx
+
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"`model` is a {type(model).__name__}, not an `nnx.Module`.")
+    state = nnx.state(model)
+    new = start_adapters(
+        method, state, gradients, key, kernels, options, _known_orders(model)
+    )
+    nnx.update(model, new)
+
+
+def _known_orders(model: Any) -> dict[str, Order]:
+    """The orders of the kernels of Flax's own layers, by their paths."""
+    from flax import nnx
+
+    layers = nnx.Linear, nnx.LinearGeneral, nnx.Conv
+    return {
+        normalize_path((*map(str, path), "kernel")): "in,out"
+        for path, module in nnx.iter_graph(model)
+        if isinstance(module, layers)
+    }

@@ -1,0 +1,96 @@
+"""LoRA-Pro's Adam with its moments as they are in the paper, m×n.
+
+    E = J(project(G))                        what the factors can follow of G
+    M ← β₁ M + (1-β₁) E,  V ← β₂ V + (1-β₂) E∘E
+    D = M̂ / (√V̂ + ε),  (a, b) = project(D)
+
+Full fine-tuning with AdamW keeps M and V of the gradient of W; this keeps those of the
+equivalent gradient E, and brings Adam's direction D for W back to the factors as any
+gradient of W is (Wang et al., arXiv 2407.18242, the algorithm with AdamW).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from ..algebra._adjust import equivalent, lora_gradients, project
+from ..algebra._coefficients import Gauge
+from ..algebra._factors import (
+    Both,
+    PairArrays,
+    Step,
+    in_compute_dtype,
+)
+from ..algebra._linalg import Norm
+from ..algebra._spectra import decompose
+from ..transforms._clip import Clip, scaled
+from ._moments import decayed, unbiased
+
+
+class DenseMoments(NamedTuple):
+    """Adam's moments of one weight, at A; nothing at B.
+
+    Attributes:
+      mu: M, `(*batch, *features of B, *features of A)`.
+      nu: V, likewise.
+    """
+
+    mu: Both[Any]
+    nu: Both[Any]
+
+
+class DenseAdam(NamedTuple):
+    """The rule, by its hyperparameters; see `lorapro_adamw`."""
+
+    b1: ArrayLike
+    b2: ArrayLike
+    eps: ArrayLike
+    damping: ArrayLike
+    gauge: Gauge
+    mu_dtype: DTypeLike | None
+
+    @property
+    def state(self) -> type[DenseMoments]:
+        """The class of a pair's moments."""
+        return DenseMoments
+
+    def init(self, pair: PairArrays) -> DenseMoments:
+        """Moments of 0."""
+        pair = in_compute_dtype(pair)
+        # A product, because it has the sharding too.
+        zeros = jnp.zeros_like(equivalent(pair, pair.factors))
+        mean = jnp.zeros_like(zeros, dtype=self.mu_dtype)
+        return DenseMoments(Both(mean, None), Both(zeros, None))
+
+    def update(
+        self,
+        pairs: Sequence[PairArrays],
+        states: Sequence[DenseMoments],
+        count: jax.Array,
+        clip: Clip,
+    ) -> tuple[list[Step], list[DenseMoments], jax.Array | None]:
+        """As `Rule.update`."""
+        spectra = decompose(pairs)
+        gradients = [pair.gradients for pair in pairs]
+        steps = project(spectra, pairs, gradients, damping=self.damping)
+        moved = list(map(equivalent, pairs, steps))
+        factor = clip.factor(
+            Norm.of(e, tuple(range(len(pair.batch), e.ndim)))
+            for pair, e in zip(pairs, moved, strict=True)
+        )
+
+        directions, new = [], []
+        for pair, e, old in zip(pairs, scaled(factor, moved), states, strict=True):
+            mu = decayed(old.mu, Both(e, None), self.b1)
+            nu = decayed(old.nu, Both(e**2, None), self.b2)
+            mean, square = unbiased(mu, self.b1, count), unbiased(nu, self.b2, count)
+            d = mean.a / (jnp.sqrt(square.a) + self.eps)
+            directions.append(lora_gradients(pair, d))
+            new.append(DenseMoments(mu, nu))
+        found = project(
+            spectra, pairs, directions, damping=self.damping, gauge=self.gauge
+        )
+        return found, new, factor

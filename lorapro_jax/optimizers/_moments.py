@@ -1,0 +1,30 @@
+"""Exponential moving averages, as Adam has them, of arrays and of trees of arrays."""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+T = TypeVar("T")
+
+
+def decayed(old: T, new: T, decay: ArrayLike) -> T:
+    """The average one step on: `decay · old + (1 - decay) · new`."""
+
+    def average(x: jax.Array, y: jax.Array) -> jax.Array:
+        keep = jnp.asarray(decay, y.dtype)
+        return keep * x.astype(y.dtype) + (1 - keep) * y
+
+    result: T = jax.tree.map(average, old, new)
+    return result
+
+
+def unbiased(average: T, decay: ArrayLike, count: jax.Array) -> T:
+    """An average that began at 0, without its bias towards it, after `count` steps."""
+
+    def corrected(x: jax.Array) -> jax.Array:
+        return x / (1 - jnp.asarray(decay, x.dtype) ** count.astype(x.dtype))
+
+    result: T = jax.tree.map(corrected, average)
+    return result

@@ -1,0 +1,1 @@
+"""Which leaves of a tree are the factors of LoRA pairs: static Python, no arrays."""

@@ -1,0 +1,1 @@
+"""Ranks for adapters: measured, fitted to a budget, tabulated."""

@@ -1,0 +1,1 @@
+"""From optimizer rules on arrays to Optax transforms of trees."""

@@ -1,0 +1,1 @@
+"""Base weights: which leaf, which axes, the paper's layout, values and gradients."""

@@ -1,0 +1,1 @@
+"""Tests of lorapro_jax, in the rooms of the package; `support` has their helpers."""

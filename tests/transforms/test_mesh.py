@@ -1,0 +1,98 @@
+"""Sharded factors, on eight simulated CPU devices."""
+
+import functools
+import math
+import re
+
+import chex
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from lorapro_jax import lorapro, lorapro_adamw
+from tests.support.meshes import LAYOUTS, collectives, put, random_tree
+
+TRANSFORMS = {"lorapro": lorapro, "lorapro_adamw": lambda: lorapro_adamw(0.1)}
+
+KEPT = {"features", "layers", "replicated"}
+
+
+def two_steps(tx, params, state, *grads):
+    """Of one program, compiled once where shardings are stable."""
+    update = jax.jit(tx.update)
+    for x in grads:
+        updates, state = update(x, state, params)
+    return updates, state
+
+
+@functools.cache
+def on_one_device(name):
+    params, *grads = (random_tree(seed) for seed in range(3))
+    tx = TRANSFORMS[name]()
+    return two_steps(tx, params, tx.init(params), *grads)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_sharded_result_equals_one_device_and_keeps_the_sharding(
+    name, layout, axis_type, quick_compiles
+):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    params, *grads = (put(random_tree(i), mesh, LAYOUTS[layout]) for i in range(3))
+    tx = TRANSFORMS[name]()
+    state = tx.init(params)
+
+    with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
+        received = two_steps(tx, params, state, *grads)
+
+    chex.assert_trees_all_close(received, on_one_device(name), rtol=1e-3, atol=1e-5)
+    if axis_type is AxisType.Auto and layout not in KEPT:
+        return  # there the compiler may put a step where its other operands are
+    for old, new in zip(
+        *map(jax.tree.leaves, ((params, state), received)), strict=True
+    ):
+        if new.ndim:  # a count may come from one device, as Optax's own does
+            assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
+
+
+# One element a layer and r×r a layer, of each pair: all that ever has to travel.
+BLOCKS = {"", "1", "3", "6", "3,3", "4,4", "1,4,4", "3,4,4", "4,4,4", "6,4,4"}
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layout", ["features", "layers", "replicated"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_only_rank_sized_blocks_travel_between_devices(
+    name, layout, axis_type, quick_compiles
+):
+    """Reductions where features are sharded; a layer's Grams where layers are.
+
+    The one eigendecomposition of all pairs needs the Gram matrices of all layers.
+    """
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    params, grads = (put(random_tree(seed), mesh, LAYOUTS[layout]) for seed in (0, 1))
+    tx = TRANSFORMS[name]()
+
+    compiled = jax.jit(tx.update).lower(grads, tx.init(params), params).compile()
+
+    sent = collectives(compiled.as_text())
+    kinds = {kind for kind, _ in sent}
+    if layout == "layers":
+        # An all-to-all shows its blocks with an axis for the devices.
+        largest = max(math.prod(map(int, re.findall(r"\d+", x))) for _, x in sent)
+        grams = 2 * (1 + 6 + 1)  # of all pairs and layers
+        assert largest <= grams * 4 * 4 < 6 * 64 * 4 / 2  # less than a factor's share
+        gathered = {shape for kind, shape in sent if kind == "all-gather"}
+        assert gathered <= {"6", "6,4,4", f"{grams},4,4"}
+    else:
+        assert kinds == ({"all-reduce"} if layout == "features" else set())
+        assert {shape for _, shape in sent} <= BLOCKS
+
+
+def test_control_reshaping_a_sharded_factor_would_gather_it(quick_compiles):
+    """What the contraction over separate axes avoids, and that the check sees it."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    heads = put(random_tree(0), mesh, LAYOUTS["features"])["heads"]["lora_a"]
+    gram = jax.jit(lambda x: x.reshape(-1, 3) @ x.reshape(-1, 3).T)
+    assert "all-gather" in gram.lower(heads).compile().as_text()
