@@ -9,7 +9,7 @@ import jax
 from .._checks import check_choice
 from ..pairs._axes import LoRAPair
 from ..pairs._find import PairsSpec, as_spec, check_stack_axis, find_pairs
-from ..pairs._leaves import check_arrays, is_placeholder
+from ..pairs._leaves import check_arrays, is_placeholder, masked_paths
 from ..pairs._messages import (
     no_leaves_message,
     no_pairs_message,
@@ -73,6 +73,6 @@ def pair_finder(
         if pairs is None:
             for paths in shared_weights(found):
                 raise ValueError(shared_weight_message(paths))
-        return with_wrt(found, wrt)
+        return with_wrt(found, wrt, masked_paths(tree))
 
     return find_any

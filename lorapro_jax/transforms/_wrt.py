@@ -1,6 +1,6 @@
 """Factors that do not train: which they are, and gradients without theirs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -10,6 +10,7 @@ import optax
 from .._checks import check_choice, compiled
 from ..pairs._axes import LoRAPair
 from ..pairs._leaves import index_leaves
+from ..pairs._scale import check_patterns
 from ._view import NOTHING
 
 FindPairs: TypeAlias = Callable[[Any], tuple[LoRAPair, ...]]
@@ -29,35 +30,35 @@ def check_wrt(wrt: WrtSpec) -> None:
         check_choice(f"wrt[{pattern!r}]", which, Wrt)
 
 
-def with_wrt(pairs: tuple[LoRAPair, ...], wrt: WrtSpec) -> tuple[LoRAPair, ...]:
+def with_wrt(
+    pairs: tuple[LoRAPair, ...], wrt: WrtSpec, masked: Iterable[str]
+) -> tuple[LoRAPair, ...]:
     """The pairs, each with the factors that move.
+
+    Args:
+      pairs: What `find_pairs` finds in a tree.
+      wrt: The first pattern that occurs in a path of a pair counts.
+      masked: The paths at which the tree has nothing; patterns may be for these.
 
     Raises:
       ValueError: A pattern occurs in no path, or a pair has none.
     """
-    if wrt == "both":
-        return pairs
     if not isinstance(wrt, Mapping):
         return tuple(pair._replace(wrt=wrt) for pair in pairs)
-    used = set()
+    if pairs:
+        paths = [path for pair in pairs for path in pair.paths]
+        check_patterns("wrt", wrt, [*paths, *masked])
+    return tuple(pair._replace(wrt=_look_up(pair, wrt)) for pair in pairs)
 
-    def of(pair: LoRAPair) -> LoRAPair:
-        for pattern, which in wrt.items():
-            if any(map(compiled(pattern, "wrt").search, pair.paths)):
-                used.add(pattern)
-                return pair._replace(wrt=which)
-        raise ValueError(
-            f"No pattern of `wrt={dict(wrt)!r}` occurs in `{pair.a}` or `{pair.b}`. "
-            "Add one that does, or '.*' at the end for all other pairs."
-        )
 
-    found = tuple(map(of, pairs))
-    if pairs and (unused := [x for x in wrt if x not in used]):
-        raise ValueError(
-            f"{unused} of `wrt=` decide for no pair; the factors are such as "
-            f"`{pairs[0].a}`. Correct the patterns, or leave them out."
-        )
-    return found
+def _look_up(pair: LoRAPair, wrt: Mapping[str, Wrt]) -> Wrt:
+    for pattern, which in wrt.items():
+        if any(map(compiled(pattern, "wrt").search, pair.paths)):
+            return which
+    raise ValueError(
+        f"No pattern of `wrt={dict(wrt)!r}` occurs in `{pair.a}` or `{pair.b}`. Add "
+        "one that does, or '.*' at the end for all other pairs."
+    )
 
 
 def frozen_paths(pairs: tuple[LoRAPair, ...]) -> set[str]:
