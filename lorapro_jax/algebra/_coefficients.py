@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from .._checks import check_choice, is_real_scalar, is_traced
+from .._checks import check_choice, is_real_scalar, is_traced, known
 from ._factors import Both
 from ._linalg import Eigh, matmul, not_through, reciprocal
 from ._spectra import Spectra, damped_inverse
@@ -35,7 +35,7 @@ def check_adjustment(gauge: Any, damping: Any) -> None:
     check_choice("gauge", gauge, Gauge)
     if is_traced(damping):
         return  # under `inject_hyperparams`
-    if not (is_real_scalar(damping) and 0 <= damping < math.inf):
+    if not (is_real_scalar(damping) and 0 <= known(damping) < math.inf):
         raise ValueError(
             f"`damping={damping!r}` has to be a finite number of at least 0; 0 is the "
             "paper's undamped adjustment."
