@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 TEXT = np.random.default_rng(0).integers(0, tiny_llama.WORDS, (2, 9))
-RANKS = {"q": 4, "k": 4, "v": 2, "o": 4, "gate": 4, "down": 3}  # none on `up`
+RANKS = {"q": 5, "k": 5, "v": 3, "o": 5, "gate": 5, "down": 3}  # none on `up`
 ALPHA = 6.0
 
 
@@ -92,9 +92,9 @@ def test_peft_finds_every_entry_of_an_exported_file(tmp_path):
 def test_adapter_saved_by_peft_gives_the_same_outputs_in_jax(rslora, tmp_path):
     """Ranks and alphas by pattern, and an alpha that differs within a stack."""
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, use_rslora=rslora,
+        r=5, lora_alpha=8, use_rslora=rslora,
         target_modules=[f"{name}_proj" for name in RANKS],
-        rank_pattern={"v_proj": 2, r".*\.down_proj": 3},
+        rank_pattern={"v_proj": 3, r".*\.down_proj": 3},
         alpha_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 5},
     )  # fmt: skip
     model = peft.get_peft_model(torch_model(), config)

@@ -129,7 +129,7 @@ def test_peft_trainer_takes_lorapro_adamws_steps(quick_compiles):
     assert old.keys() == new.keys()
     unmoved = {path for path in old if np.array_equal(old[path], new[path])}
     # The state has the factors before the last step. The first moves no A: B was 0.
-    prefix = "opt_state/0/factors/"
+    prefix = "opt_state/0/pairs/factors/"
     assert unmoved == {prefix + path for path in start if path.endswith("lora_a")}
 
 
