@@ -63,7 +63,7 @@ def unknown_path_message(
       tree: The tree.
       leaves: Its leaves.
       path: The path, normalised.
-      given: As the user wrote it.
+      given: The argument as the user wrote it.
     """
     if is_under(path, masked_paths(tree)):
         return (

@@ -58,7 +58,7 @@ def stochastic_rounding(seed: ArrayLike = 0) -> optax.GradientTransformation:
     next to nothing beside base weights in bfloat16: prefer them.
 
     Args:
-      seed: Of the random numbers, an integer.
+      seed: The seed of the random numbers, an integer.
 
     Returns:
       A `GradientTransformation` with a `StochasticRoundingState`; `update` needs
