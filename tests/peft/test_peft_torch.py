@@ -22,6 +22,9 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 TEXT = np.random.default_rng(0).integers(0, tiny_llama.WORDS, (2, 9))
+# Of the largest logit: some 300 roundings of float32 through layers, norms and softmax,
+# in another order on each side; transformers 5.24 came to 1.2e-5.
+TOLERANCE = 2e-5
 RANKS = {"q": 5, "k": 5, "v": 3, "o": 5, "gate": 5, "down": 3}  # none on `up`
 ALPHA = 6.0
 
@@ -53,7 +56,7 @@ def distance(got, want):
 def test_base_model_is_the_same_in_both():
     """The premise of all others."""
     nothing = {"layers": {"attn": {}, "mlp": {}}}
-    assert distance(jax_logits(nothing, {}), torch_logits(torch_model())) < 1e-5
+    assert distance(jax_logits(nothing, {}), torch_logits(torch_model())) < TOLERANCE
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -68,7 +71,7 @@ def test_exported_adapter_gives_the_same_outputs_in_pytorch(rslora, tmp_path):
     adapted = peft.PeftModel.from_pretrained(torch_model(), tmp_path)
 
     want = torch_logits(adapted)
-    assert distance(jax_logits(factors, scales), want) < 1e-5
+    assert distance(jax_logits(factors, scales), want) < TOLERANCE
     # Negative controls: the adapters matter, and so does the scale of one kernel.
     assert distance(torch_logits(torch_model()), want) > 1e-2
     wrong = {**scales, "v": scales["v"] * 1.01}
@@ -113,7 +116,7 @@ def test_adapter_saved_by_peft_gives_the_same_outputs_in_jax(rslora, tmp_path):
 
     want = torch_logits(model.eval())
     scales = dict.fromkeys(RANKS, 2.0)
-    assert distance(jax_logits(factors, scales), want) < 1e-5
+    assert distance(jax_logits(factors, scales), want) < TOLERANCE
     assert distance(torch_logits(torch_model()), want) > 1e-2
     # Negative control: one layer of one stack in another order.
     q = factors["layers"]["attn"]["q"]
@@ -149,7 +152,9 @@ def test_adapter_of_changed_weights_works_on_the_original_ones(method, tmp_path)
     initial = initialize_adapters(
         method, tree, gradients, key=jax.random.key(0), **options
     )
-    assert distance(logits_of(initial, weights), torch_logits(torch_model())) < 1e-5
+    assert (
+        distance(logits_of(initial, weights), torch_logits(torch_model())) < TOLERANCE
+    )
 
     def label(path, _):
         return "frozen" if path[-1].key == "kernel" else "lora"
@@ -179,7 +184,7 @@ def test_adapter_of_changed_weights_works_on_the_original_ones(method, tmp_path)
     adapted = lambda folder: torch_logits(
         peft.PeftModel.from_pretrained(torch_model(), tmp_path / folder)
     )
-    assert distance(adapted("with"), want) < 1e-5
+    assert distance(adapted("with"), want) < TOLERANCE
     # Negative controls: training moved the model, and the start counts.
     assert distance(torch_logits(torch_model()), want) > 1e-2
     assert distance(adapted("without"), want) > 1e-2
@@ -254,7 +259,7 @@ def test_convolutions_and_embeddings_give_the_same_outputs_in_pytorch(tmp_path):
         dimension_numbers=("NHWC", "OIHW", "NCHW"), precision="highest",
     )  # fmt: skip
 
-    assert distance(np.asarray(got), want) < 1e-5
+    assert distance(np.asarray(got), want) < TOLERANCE
     assert distance(plain, want) > 1e-2  # negative control
     chex.assert_trees_all_equal(
         load_peft_adapter(tmp_path, factors, scale=2.0), factors
