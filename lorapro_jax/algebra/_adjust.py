@@ -82,11 +82,11 @@ def project(
 
 
 class InUnits(NamedTuple):
-    """A step of one pair as a power of two times another, which is about as large as E.
+    """A step of one pair as a number times another, which is about as large as E.
 
     Attributes:
-      unit: The number, `(*batch)`.
-      step: The step by it.
+      unit: The number, `(*batch)`: the factors' unit by s, and `largest`.
+      step: The step divided by it.
     """
 
     unit: jax.Array

@@ -174,9 +174,9 @@ class FactoredAdam(NamedTuple):
         column = nu.a.map(lambda x: unbiased(x / m, self.b2, count) + floor)
         mean = row.array.mean((row.axes.rank, *row.features))
         # Where V overflows the direction is 0, as it is in Adam.
-        root = jnp.where(jnp.isposinf(mean), 0, jnp.sqrt(mean))
+        size = jnp.where(jnp.isposinf(mean), 0, jnp.sqrt(mean))
         inverse_root = lambda x: reciprocal(jnp.sqrt(x))
-        return row.map(inverse_root), times(root, column.map(inverse_root))
+        return row.map(inverse_root), times(size, column.map(inverse_root))
 
 
 def _by(

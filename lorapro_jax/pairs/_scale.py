@@ -6,7 +6,7 @@ No LoRA stack keeps it in the parameter tree, so it is an argument: `scale`, or
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import jax
 import numpy as np
@@ -15,6 +15,8 @@ from jax.typing import ArrayLike
 from .._checks import close_to, compiled, is_real_scalar, is_traced, known
 from ..algebra._axes import Shape
 from ._axes import LoRAPair
+
+T = TypeVar("T")
 
 ScaleSpec: TypeAlias = (
     ArrayLike | Mapping[str, ArrayLike] | Callable[[LoRAPair], ArrayLike]
@@ -85,7 +87,7 @@ def check_patterns(name: str, spec: Any, paths: Iterable[str]) -> None:
     """Raises ValueError for a pattern that is of no use.
 
     Args:
-      name: `"scale"` or `"alpha"`.
+      name: The option, such as `"scale"`.
       spec: The argument; what is no mapping has no patterns.
       paths: Those of all factors, also of masked ones.
     """
@@ -101,18 +103,25 @@ def check_patterns(name: str, spec: Any, paths: Iterable[str]) -> None:
             )
 
 
-def _look_up(spec: ScaleSpec, pair: LoRAPair, name: str) -> Any:
-    if callable(spec):
-        return spec(pair)
-    if not isinstance(spec, Mapping):
-        return spec
-    for pattern, number in spec.items():
+def first_match(spec: Mapping[str, T], pair: LoRAPair, name: str) -> T:
+    """The value of the first pattern that occurs in a path of the pair.
+
+    Raises:
+      ValueError: None does.
+    """
+    for pattern, value in spec.items():
         if any(map(compiled(pattern, name).search, pair.paths)):
-            return number
+            return value
     raise ValueError(
         f"No pattern of `{name}={dict(spec)!r}` occurs in `{pair.a}` or `{pair.b}`. "
         "Add one that does, or '.*' at the end for all other pairs."
     )
+
+
+def _look_up(spec: ScaleSpec, pair: LoRAPair, name: str) -> Any:
+    if callable(spec):
+        return spec(pair)
+    return first_match(spec, pair, name) if isinstance(spec, Mapping) else spec
 
 
 def _checked(

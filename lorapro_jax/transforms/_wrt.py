@@ -10,7 +10,7 @@ import optax
 from .._checks import check_choice, compiled
 from ..pairs._axes import LoRAPair
 from ..pairs._leaves import index_leaves
-from ..pairs._scale import check_patterns
+from ..pairs._scale import check_patterns, first_match
 from ._view import NOTHING
 
 FindPairs: TypeAlias = Callable[[Any], tuple[LoRAPair, ...]]
@@ -48,17 +48,7 @@ def with_wrt(
     if pairs:
         paths = [path for pair in pairs for path in pair.paths]
         check_patterns("wrt", wrt, [*paths, *masked])
-    return tuple(pair._replace(wrt=_look_up(pair, wrt)) for pair in pairs)
-
-
-def _look_up(pair: LoRAPair, wrt: Mapping[str, Wrt]) -> Wrt:
-    for pattern, which in wrt.items():
-        if any(map(compiled(pattern, "wrt").search, pair.paths)):
-            return which
-    raise ValueError(
-        f"No pattern of `wrt={dict(wrt)!r}` occurs in `{pair.a}` or `{pair.b}`. Add "
-        "one that does, or '.*' at the end for all other pairs."
-    )
+    return tuple(x._replace(wrt=first_match(wrt, x, "wrt")) for x in pairs)
 
 
 def frozen_paths(pairs: tuple[LoRAPair, ...]) -> set[str]:
