@@ -14,7 +14,7 @@ import numpy as np
 
 def check_choice(name: str, value: Any, allowed: Any) -> None:
     """Raises ValueError where `value` is not one of a `Literal`."""
-    if value not in get_args(allowed):
+    if is_traced(value) or value not in get_args(allowed):
         raise ValueError(f"`{name}={value!r}` has to be one of {get_args(allowed)}.")
 
 

@@ -11,12 +11,7 @@ from typing import Any, Literal, TypeAlias
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from .._checks import (
-    check_choice,
-    check_float_dtype,
-    check_number,
-    check_positive,
-)
+from .._checks import check_choice, check_float_dtype, check_number, check_positive
 from ..algebra._coefficients import Gauge, check_adjustment
 from ..pairs._find import PairsSpec, as_spec
 from ..pairs._scale import ScaleSpec
@@ -48,6 +43,7 @@ def scale_by_lorapro_adam(
     damping: ArrayLike = DEFAULT_ADAM_DAMPING,
     max_grad_norm: ArrayLike | None = None,
     mu_dtype: DTypeLike | None = None,
+    nesterov: bool = False,
     scale: ScaleSpec = 1.0,
     alpha: ScaleSpec | None = None,
     rslora: bool = False,
@@ -70,12 +66,12 @@ def scale_by_lorapro_adam(
       moments: `"factored"` or `"dense"`; `lorapro_adamw` explains all options.
       gauge: How the direction is divided between A and B.
       damping: The damping of E and of the direction.
-      max_grad_norm: The bound of the equivalent gradient's norm over the whole tree;
-        None for no clipping.
+      max_grad_norm: The bound of the norm of all E together; None for no clipping.
       mu_dtype: The dtype of the first moments.
-      scale: The s of the forward pass, as in `lorapro`.
-      alpha: The numerator of s = alpha / r, instead of `scale`.
-      rslora: Whether s is alpha / sqrt(r).
+      nesterov: Whether the momentum is Nesterov's.
+      scale: The s of the forward pass, as in `lorapro`, and so
+      alpha: the numerator of s = alpha / r instead, and
+      rslora: whether s is alpha / sqrt(r).
       pairs: Explicit pairs instead of those found by name.
       stack_axis: The axes along which layers are stacked.
       on_no_pairs: `"error"`, or `"ignore"` to let a tree without a pair pass.
@@ -94,6 +90,7 @@ def scale_by_lorapro_adam(
     check_number("b2", b2, 0, 1)
     check_number("eps", eps, 0, math.inf)
     check_float_dtype("mu_dtype", mu_dtype)
+    check_choice("nesterov", nesterov, Literal[False, True])
     if max_grad_norm is not None:
         check_positive("max_grad_norm", max_grad_norm, finite=False)
     find = pair_finder(
@@ -106,8 +103,8 @@ def scale_by_lorapro_adam(
         wrt=wrt,
     )
     kind = DenseAdam if moments == "dense" else FactoredAdam
-    rule = kind(b1, b2, eps, damping, gauge, mu_dtype)
-    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+    rule = kind(b1, b2, eps, damping, gauge, mu_dtype, nesterov)
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov)
     return without_frozen(over_pairs(rule, find, adam, max_grad_norm), find, wrt)
 
 
@@ -124,6 +121,7 @@ def lorapro_adamw(
     damping: ArrayLike = DEFAULT_ADAM_DAMPING,
     max_grad_norm: ArrayLike | None = None,
     mu_dtype: DTypeLike | None = None,
+    nesterov: bool = False,
     scale: ScaleSpec = 1.0,
     alpha: ScaleSpec | None = None,
     rslora: bool = False,
@@ -186,6 +184,7 @@ def lorapro_adamw(
         finite does not count. None for no clipping.
       mu_dtype: Of the first moments; by default float32, as all moments are (float64
         for float64 parameters), whatever the dtype of the factors.
+      nesterov: Whether the momentum is Nesterov's, as in `optax.adamw`.
       scale: The s of the forward pass; see `lorapro`, as for everything below.
       alpha: The numerator of s = alpha / r, instead of `scale`.
       rslora: Whether s is alpha / sqrt(r).
@@ -243,6 +242,7 @@ def lorapro_adamw(
             damping=damping,
             max_grad_norm=max_grad_norm,
             mu_dtype=mu_dtype,
+            nesterov=nesterov,
             **where,
         ),
         descend(learning_rate, weight_decay, mask, find),

@@ -27,7 +27,7 @@ from ..algebra._factors import (
 from ..algebra._linalg import Norm
 from ..algebra._spectra import decompose
 from ..transforms._clip import Clip, scaled
-from ._moments import decayed, unbiased
+from ._moments import decayed, estimated, unbiased
 
 
 class DenseMoments(NamedTuple):
@@ -51,6 +51,7 @@ class DenseAdam(NamedTuple):
     damping: ArrayLike
     gauge: Gauge
     mu_dtype: DTypeLike | None
+    nesterov: bool = False
 
     @property
     def state(self) -> type[DenseMoments]:
@@ -84,9 +85,11 @@ class DenseAdam(NamedTuple):
 
         directions, new = [], []
         for pair, e, old in zip(pairs, scaled(factor, moved), states, strict=True):
-            mu = decayed(old.mu, Both(e, None), self.b1)
+            new_e = Both(e, None)
+            mu = decayed(old.mu, new_e, self.b1)
             nu = decayed(old.nu, Both(e**2, None), self.b2)
-            mean, square = unbiased(mu, self.b1, count), unbiased(nu, self.b2, count)
+            mean = estimated(mu, new_e, self.b1, count, nesterov=self.nesterov)
+            square = unbiased(nu, self.b2, count)
             d = mean.a / (jnp.sqrt(square.a) + self.eps)
             directions.append(lora_gradients(pair, d))
             new.append(DenseMoments(mu, nu))

@@ -34,7 +34,7 @@ from ..algebra._sharding import replicated
 from ..algebra._spectra import decompose
 from ..algebra._thin import carry, energies, norm, thin_gradients
 from ..transforms._clip import Clip, scaled
-from ._moments import decayed, unbiased
+from ._moments import decayed, estimated, unbiased
 
 _LARGEST = 2.0**20
 """What E is divided by until its size is known: gradients up to the largest float32
@@ -68,6 +68,7 @@ class FactoredAdam(NamedTuple):
     damping: ArrayLike
     gauge: Gauge
     mu_dtype: DTypeLike | None
+    nesterov: bool = False
 
     @property
     def state(self) -> type[FactoredMoments]:
@@ -122,7 +123,8 @@ class FactoredAdam(NamedTuple):
             step, sums = _by(size, steps[k], sums)
             mu = decayed(means[k], step, self.b1)
             nu = decayed(old.nu, sums, self.b2)
-            directions.append(self._direction(pair, mu, nu, count))
+            mean = estimated(mu, step, self.b1, count, nesterov=self.nesterov)
+            directions.append(self._direction(pair, mean, nu, count))
             new.append(FactoredMoments(mu, nu, _copy(pair)))
         result = project(
             spectra, pairs, directions, damping=self.damping, gauge=self.gauge
@@ -152,11 +154,10 @@ class FactoredAdam(NamedTuple):
         return jnp.where(spike, bounded, _LARGEST)
 
     def _direction(
-        self, pair: PairArrays, mu: Step, nu: Both[Factor], count: jax.Array
+        self, pair: PairArrays, mean: Step, nu: Both[Factor], count: jax.Array
     ) -> Step:
         """LoRA's gradients of D = diag(p) M̂ diag(q)."""
         p, q = self._preconditioners(pair, nu, count)
-        mean = unbiased(mu, self.b1, count)
         left, right = (p * pair.b, p * mean.b), (q * mean.a, q * pair.a)
         return thin_gradients(pair, left, right)
 

@@ -4,6 +4,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.typing import ArrayLike
 
 T = TypeVar("T")
@@ -28,3 +29,17 @@ def unbiased(average: T, decay: ArrayLike, count: jax.Array) -> T:
 
     result: T = jax.tree.map(corrected, average)
     return result
+
+
+def estimated(
+    average: T, new: T, decay: ArrayLike, count: jax.Array, *, nesterov: bool
+) -> T:
+    """The mean that Adam's direction is made of, after `new` has entered `average`.
+
+    The unbiased average; with Nesterov's momentum where it would be one step on, if
+    `new` came once more, as in `optax.scale_by_adam` (Dozat, 2016).
+    """
+    if not nesterov:
+        return unbiased(average, decay, count)
+    ahead = unbiased(average, decay, optax.safe_increment(count))
+    return decayed(ahead, unbiased(new, decay, count), decay)

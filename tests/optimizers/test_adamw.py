@@ -44,6 +44,18 @@ def test_fifty_steps_equal_the_dense_simulation_in_every_gauge(start, moments, g
     assert largest_distance(SMALL, params, trajectory) < TOLERANCE
 
 
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_fifty_steps_with_nesterov_equal_the_dense_simulation(moments):
+    """And its momentum is another one than Adam's, by far."""
+    start = STARTS["B = 0, more damping"]
+    params, _ = trained(SMALL, start, moments, nesterov=True)
+
+    _, trajectory = simulated(SMALL, start, moments, nesterov=True)
+    assert largest_distance(SMALL, params, trajectory) < TOLERANCE
+    _, without = simulated(SMALL, start, moments)
+    assert largest_distance(SMALL, params, without) > 1e-2
+
+
 MISTAKES: dict[str, dict[str, Any]] = {
     "b1": {"b1": 0.91},
     "b2": {"b2": 0.998},

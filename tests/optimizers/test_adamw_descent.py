@@ -24,10 +24,14 @@ def as_masks(tree):
 
 
 @pytest.mark.parametrize("form", ["none", "prefix", "function"])
-def test_other_leaves_are_bit_equal_to_adamw_with_decay_and_mask(form, full_compiles):
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_other_leaves_are_bit_equal_to_adamw_with_decay_and_mask(
+    form, nesterov, full_compiles
+):
     """And factors that the mask leaves out do not decay."""
     params = make_params()
     mask, hyper = as_masks(params)[form], {"b1": 0.8, "b2": 0.95, "eps": 1e-6}
+    hyper["nesterov"] = nesterov
     moments = "factored" if form == "function" else "dense"
     tx = make(moments, **hyper, mask=mask)
     other_mask = mask

@@ -36,16 +36,19 @@ def updates_of(params, sequence, options, moments, tree):
     """Of a list of gradients, with factors that stay."""
     state = lorapro_adamw(0.1, moments=moments, scale=scales(tree)).init(params)
     options, result = {**OPTIONS, **options}, []
+    static = moments, tuple(tree), options.pop("nesterov", False)
     for grads in sequence:
-        updates, state = _update(grads, state, params, options, moments, tuple(tree))
+        updates, state = _update(grads, state, params, options, *static)
         result.append(updates)
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("moments", "tree"))
-def _update(grads, state, params, options, moments, tree):
+@functools.partial(jax.jit, static_argnames=("moments", "tree", "nesterov"))
+def _update(grads, state, params, options, moments, tree, nesterov):
     """The options are traced: one program for all their values."""
-    tx = lorapro_adamw(**options, moments=moments, scale=scales(tree))
+    tx = lorapro_adamw(
+        **options, moments=moments, scale=scales(tree), nesterov=nesterov
+    )
     return tx.update(grads, state, params)
 
 
@@ -66,20 +69,34 @@ def weight_steps(tree, params, fulls, options, moments):
     return [oracle.equivalent(a, b, *step, pair.scale) for step in steps]
 
 
-def test_dense_moments_at_full_rank_are_adamw_of_the_weight():
-    """s (B a' + b' A) is the step of `optax.adamw` on W, also after many steps."""
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_at_full_rank_it_is_adamw_of_the_weight(moments, nesterov):
+    """s (B a' + b' A) is the step of `optax.adamw` on W, also after many steps.
+
+    With factored moments where G∘G is an outer product, as V then is itself.
+    """
     tree, params, fulls = square_problem(8)
-    options = {"b1": 0.8, "b2": 0.9, "damping": 0.0}
+    options = {"b1": 0.8, "b2": 0.9, "damping": 0.0, "nesterov": nesterov}
+    if moments == "factored":
+        options |= {"eps": 0.0}  # it has ε² under the root
+        outer = np.outer(np.linspace(0.5, 2, 5), np.linspace(1, 3, 5))
+        fulls = [(1 + t % 2) * np.sign(full) * outer for t, full in enumerate(fulls)]
 
-    received = weight_steps(tree, params, fulls, options, "dense")
+    received = weight_steps(tree, params, fulls, options, moments)
 
-    adamw = optax.adamw(0.1, 0.8, 0.9, weight_decay=0.0)
+    eps = options.get("eps", 1e-8)
+    adamw = optax.adamw(0.1, 0.8, 0.9, eps, weight_decay=0.0, nesterov=nesterov)
     state = adamw.init(jnp.zeros((5, 5)))
     for full, step in zip(fulls, received, strict=True):
         expected, state = adamw.update(full[0], state, jnp.zeros((5, 5)))
         np.testing.assert_allclose(step, expected, atol=TOLERANCE)
     # Negative control: another b2 is another optimizer.
-    other = weight_steps(tree, params, fulls, {**options, "b2": 0.91}, "dense")
+    other = weight_steps(tree, params, fulls, {**options, "b2": 0.91}, moments)
+    assert np.abs(other[-1] - received[-1]).max() > 1e3 * TOLERANCE
+    # And another momentum.
+    options["nesterov"] = not nesterov
+    other = weight_steps(tree, params, fulls, options, moments)
     assert np.abs(other[-1] - received[-1]).max() > 1e3 * TOLERANCE
 
 

@@ -27,11 +27,11 @@ class Weight:
 
     def __init__(
         self, a, b, scale=1.0, *, moments, b1=0.9, b2=0.999, eps=1e-8,
-        damping=0.1, gauge="sylvester",
+        damping=0.1, gauge="sylvester", nesterov=False,
     ):  # fmt: skip
         self.a, self.b, self.scale = np.float64(a), np.float64(b), scale
         self.moments, self.b1, self.b2, self.eps = moments, b1, b2, eps
-        self.damping, self.gauge = damping, gauge
+        self.damping, self.gauge, self.nesterov = damping, gauge, nesterov
         self.momentum = np.zeros((len(self.b), self.a.shape[1]))
         self.energy = np.zeros_like(self.momentum)
         self.count = 0
@@ -53,15 +53,19 @@ class Weight:
             self.momentum = self.transported()
         self.momentum = self.b1 * self.momentum + (1 - self.b1) * e
         self.energy = self.b2 * self.energy + (1 - self.b2) * e**2
-        return self._adjust(self.preconditioned(), self.gauge)
+        return self._adjust(self.preconditioned(e), self.gauge)
 
     def transported(self):
         """The old momentum, as far as the factors of today can express it."""
         return oracle.projection(self.a, self.b, self.momentum)
 
-    def preconditioned(self):
+    def preconditioned(self, e):
         """D, from the bias-corrected moments."""
         m_hat = self.momentum / (1 - self.b1**self.corrected_count)
+        if self.nesterov:  # NAdam with a constant decay, of the average and of E
+            m_hat = self.b1 * self.momentum / (
+                1 - self.b1 ** (self.corrected_count + 1)
+            ) + (1 - self.b1) * e / (1 - self.b1**self.corrected_count)
         v_hat = self.energy / (1 - self.b2**self.corrected_count)
         if self.moments == "dense":
             return m_hat / (np.sqrt(v_hat) + self.eps)

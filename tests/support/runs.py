@@ -119,24 +119,26 @@ def targets_and_noise(tree):
 
 def trained(
     tree, start, moments, *, gauge="sylvester", weight_decay=0.0,
-    max_grad_norm=np.inf, stack_axis=None,
+    max_grad_norm=np.inf, stack_axis=None, nesterov=False,
 ):  # fmt: skip
     """The package: parameters after 0 to 50 steps, stacked, and the last state."""
     numbers = start.damping, weight_decay, max_grad_norm  # traced: compiled once
     data = initial(tree, start.b_scale), *targets_and_noise(tree)
-    return _trained(*data, *numbers, _frozen(tree), moments, gauge, stack_axis)
+    return _trained(
+        *data, *numbers, _frozen(tree), moments, gauge, stack_axis, nesterov
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9))
+@functools.partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
 def _trained(
     params, targets, noise, damping, weight_decay, max_grad_norm,
-    tree, moments, gauge, stack_axis,
+    tree, moments, gauge, stack_axis, nesterov,
 ):  # fmt: skip
     tree = _thawed(tree)
     tx = lorapro_adamw(
         LEARNING_RATE, weight_decay=weight_decay, moments=moments, gauge=gauge,
         damping=damping, max_grad_norm=max_grad_norm, scale=scales(tree),
-        stack_axis=stack_axis,
+        stack_axis=stack_axis, nesterov=nesterov,
     )  # fmt: skip
 
     def step(carry, noise):
