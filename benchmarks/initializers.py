@@ -3,14 +3,11 @@
     python -m benchmarks.initializers            # an hour or more on two cores
     python -m benchmarks.initializers --quick    # 2 minutes: a smoke test
     python -m benchmarks.initializers --tasks prose --rank 16
-    python -m benchmarks.initializers --references benchmarks/results/quality.json
     python -m benchmarks.initializers --report   # of the results that are there
 
-The tasks and the sweeps are those of `benchmarks.quality`; side by side, a process for
-each task, they take less. With `--references` the rows that it has measured with as
-many seeds are taken from its results: all weights, and LoRA's start (on one machine,
-all weights came out the same to the last digit). Every start is trained by AdamW, by
-`lorapro()` before AdamW and by `lorapro_adamw` with factored moments.
+The tasks, the optimizers and the sweeps are those of `benchmarks.quality`; side by
+side, a process for each task, they take less. Every start is trained by AdamW, by
+`lorapro()` before AdamW and by `lorapro_adamw`.
 
 "LoRA" is what `nnx.LoRA` does by itself: A uniform with variance 2/n, and B = 0. The
 others are those of `lorapro_jax.initializers` with their default arguments and s = 1,
@@ -25,7 +22,6 @@ which needs 8 singular vectors, and it has 4 inputs.
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,9 +34,9 @@ from rich.progress import track
 
 from benchmarks.initializers_report import FULL, OPTIMIZERS, find, report, write
 from benchmarks.measure import machine
-from benchmarks.quality import GRID, SETTINGS, Sweeper, prepare
-from benchmarks.quality_report import Row
-from examples.training import Run, Task, loss_and_accuracy, take_batch
+from benchmarks.methods import METHODS
+from benchmarks.quality import COARSE, Sweeper, cached, prepare
+from examples.training import Method, Run, Task, loss_and_accuracy, take_batch
 from lorapro_jax import estimate_gradients, find_pairs, initialize_adapters
 from lorapro_jax.initializers import Initializer, gora, lora_ga, lora_one, pissa
 
@@ -61,7 +57,8 @@ STARTS = {
 }
 BATCHES = 8
 # Where each sweep begins: `benchmarks.quality` found all best rates in here.
-RATES = tuple(rate for rate in GRID if 3e-3 <= rate <= 3e-2)
+RATES = tuple(rate for rate in COARSE if 3.2e-3 <= rate <= 3.2e-2)
+TASKS = ("digits", "prose")
 
 
 def states_of(task: Task, base: nnx.State, rank: int, seed: int) -> dict[str, Any]:
@@ -109,7 +106,7 @@ def start_from(task: Task, states: Sequence[Any]) -> Task:
 
 def run_task(name: str, args: argparse.Namespace, path: Path) -> None:
     """Every start with every optimizer on one task; saved after each."""
-    sweeper, accuracy = prepare(name, args)
+    sweeper, accuracy = prepare(name, args.seeds, quick=args.quick)
     task, base = sweeper.task, sweeper.base
     rates = RATES[1:2] if args.quick else RATES
     result: dict[str, Any] = {
@@ -119,13 +116,16 @@ def run_task(name: str, args: argparse.Namespace, path: Path) -> None:
         "steps": sweeper.steps,
         "pretrained_accuracy": accuracy,
     }
-    rows = known_rows(args, path, name, sweeper.steps)
+    rows = json.loads(path.read_text())["rows"] if known(args, path, sweeper) else []
 
     def add(sweeper: Sweeper, start: str | None, method: str) -> None:
         if find(rows, start, method) is None:
             rank = None if start is None else args.rank
             title = f"{name}: {start or 'all weights'}, {OPTIMIZERS[method]}"
-            rows.append({"start": start, **sweeper.sweep(method, rank, rates, title)})
+            make = lambda rate: METHODS[method].make(rate, 1.0)
+            tried = Method(method, make, rates, rank, METHODS[method].trains)
+            found = sweeper.sweep(tried, title)
+            rows.append({"start": start, "method": method, "rank": rank, **found})
         write(path, result | {"rows": rows})
 
     add(sweeper, None, FULL)
@@ -137,41 +137,30 @@ def run_task(name: str, args: argparse.Namespace, path: Path) -> None:
             add(sweeper._replace(task=begins, base=nnx.State({})), start, method)
 
 
-def known_rows(
-    args: argparse.Namespace, path: Path, name: str, steps: int
-) -> list[Row]:
-    """What need not be measured: rows of `benchmarks.quality`, or all so far."""
-    if args.resume and path.exists():
-        result = json.loads(path.read_text())
-    elif args.references:
-        result = json.loads(args.references.read_text())["tasks"][name]
-    else:
-        return []
-    rows = [
-        {"start": "LoRA" if row["rank"] else None} | row
-        for row in result["rows"]
-        if row["method"] in OPTIMIZERS and row["rank"] in (None, args.rank)
-    ]
-    found = result["steps"], len(rows[0]["runs"][0]["test_loss"])
-    if found != (steps, args.seeds):
-        raise ValueError(f"The rows of {name} have (steps, seeds) {found}; pass these.")
-    return rows
+def known(args: argparse.Namespace, path: Path, sweeper: Sweeper) -> bool:
+    """Whether there are rows to go on with; ValueError if they are of other runs."""
+    if not (args.resume and path.exists()):
+        return False
+    result = json.loads(path.read_text())
+    found = result["steps"], len(result["rows"][0]["runs"][0]["test_loss"])
+    if found != (sweeper.steps, sweeper.seeds):
+        raise ValueError(f"{path} has (steps, seeds) {found}; pass these.")
+    return True
 
 
 def parse() -> argparse.Namespace:
     """The options, `--quick` applied."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one task, rate and seed")
-    parser.add_argument("--tasks", nargs="+", choices=SETTINGS)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="a folder")
     parser.add_argument("--resume", action="store_true", help="keep what is done")
-    parser.add_argument("--references", type=Path, help="LoRA and all weights, known")
     parser.add_argument("--report", action="store_true", help="do not measure")
     args = parser.parse_args()
     args.seeds = 1 if args.quick else args.seeds
-    args.tasks = args.tasks or (["digits"] if args.quick else [*SETTINGS])
+    args.tasks = args.tasks or (["digits"] if args.quick else [*TASKS])
     args.output = args.output or Path("out" if args.quick else "benchmarks/results")
     return args
 
@@ -180,11 +169,9 @@ def main():
     """Runs the benchmark, a file for each task and rank, and reports all of them."""
     args = parse()
     args.output.mkdir(parents=True, exist_ok=True)
-    # All starts of one optimizer are the same program: it is compiled once.
-    with tempfile.TemporaryDirectory() as cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
-        for name in args.tasks if not args.report else ():
-            run_task(name, args, args.output / f"initializers-{name}-{args.rank}.json")
+    cached()  # all starts of one optimizer are the same program
+    for name in args.tasks if not args.report else ():
+        run_task(name, args, args.output / f"initializers-{name}-{args.rank}.json")
     report(args.output, Console(width=120))
 
 

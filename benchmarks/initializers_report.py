@@ -1,8 +1,8 @@
 """What the results of `benchmarks.initializers` say: tables, a picture, a verdict.
 
 As in `benchmarks.quality_report`, a method is reported at the learning rate that is
-best on validation data, and ± is the standard deviation between seeds. A difference
-of test losses counts where it is over two standard deviations of the two, and is
+best on validation data, ± is the standard error of a mean over seeds, and a difference
+of test losses, seed by seed, counts where it is over two of its standard errors. It is
 called noise otherwise.
 """
 
@@ -18,7 +18,14 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality_report import GAP, Row, behind, best_run, figures, spread
+from benchmarks.quality_report import (
+    ERRORS,
+    Row,
+    best_run,
+    difference,
+    mean_and_error,
+    sign,
+)
 
 # By their names in `benchmarks.quality`.
 FULL, ADAMW = "full", "LoRA"
@@ -26,7 +33,7 @@ OPTIMIZERS = {
     FULL: "AdamW",
     ADAMW: "AdamW",
     "lorapro+AdamW": "lorapro, AdamW",
-    "lorapro_adamw:factored": "lorapro_adamw",
+    "lorapro_adamw": "lorapro_adamw",
 }
 COLORS = {
     None: "0.5",
@@ -59,19 +66,13 @@ def find(rows: list[Row], start: str | None, method: str) -> Row | None:
     return next((row for row in rows if (row["start"], row["method"]) == wanted), None)
 
 
-def difference(row: Row, other: Row | None) -> tuple[float, bool] | None:
-    """How much larger the test loss is than the other's, and whether it counts."""
-    if other is None or other is row:
-        return None
-    gap, std = behind(best_run(row), best_run(other))
-    return gap, bool(std > 0 and abs(gap) > GAP * std)
-
-
 def verdict(rows: list[Row]) -> list[str]:
     """Which combination to use, as far as the numbers tell."""
     adapters = [row for row in rows if row["start"]]
     best = min(adapters, key=lambda row: np.mean(best_run(row)["validation_loss"]))
-    ties = [row for row in adapters if not (difference(row, best) or (0, True))[1]]
+    ties = [
+        row for row in adapters if row is not best and not sign(difference(row, best))
+    ]
     lines = [
         f"Lowest validation loss: {name_of(best)}.",
         f"Within noise of its test loss: {', '.join(map(name_of, ties)) or 'none'}.",
@@ -91,7 +92,7 @@ def verdict(rows: list[Row]) -> list[str]:
 def compared(rows: list[Row], other: Row | None, name: Callable[[Row], str]) -> str:
     """Which rows are better than another, and which are worse; the rest is noise."""
     found = [(name(row), difference(row, other)) for row in rows]
-    certain = [(name, *x) for name, x in found if x and x[1]]
+    certain = [(name, *x) for name, x in found if x and sign(x)]
     better = [f"{name} ({gap:+.3f})" for name, gap, _ in certain if gap < 0]
     worse = [f"{name} ({gap:+.3f})" for name, gap, _ in certain if gap > 0]
     return f"better: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}"
@@ -104,26 +105,24 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     table = Table(title=title + f"{seeds} seeds")
     for name in ("start", "optimizer", "rate", "test loss", "accuracy"):
         table.add_column(name, no_wrap=True)
-    for name in ("− LoRA, AdamW", "− LoRA's start", "− AdamW", "steps to LoRA"):
+    for name in ("− LoRA, AdamW", "− LoRA's start", "− AdamW"):
         table.add_column(name)
-    lora, full = find(rows, "LoRA", ADAMW), find(rows, None, FULL)
-    signed = lambda x: "-" if x is None else f"{x[0]:+.3f}" + "*" * x[1]
+    lora = find(rows, "LoRA", ADAMW)
+    signed = lambda x: "-" if x is None else f"{x[0]:+.3f}" + "*" * abs(sign(x))
     for method, group in itertools.groupby(rows, lambda row: row["method"]):
         for row in group:
-            found = figures(row, lora, full)
-            start, steps = row["start"], found.get("steps_to_lora")
+            run, start = best_run(row), row["start"]
             others = lora, find(rows, "LoRA", method), find(rows, start, ADAMW)
             table.add_row(
                 start or "all weights",
                 OPTIMIZERS[method],
-                f"{found['rate']:g}",
-                f"{found['test_loss']:.3f} ± {found['test_loss_std']:.3f}",
-                f"{found['test_accuracy']:.3f} ± {found['test_accuracy_std']:.3f}",
+                f"{run['rate']:g}",
+                "{:.3f} ± {:.3f}".format(*mean_and_error(run["test_loss"])),
+                "{:.3f} ± {:.3f}".format(*mean_and_error(run["test_accuracy"])),
                 *(signed(difference(row, other)) for other in others),
-                "-" if steps is None else f"{steps:.0f}",
             )
         table.add_section()
-    table.caption = f"* over {GAP} standard deviations"
+    table.caption = f"* over {ERRORS} standard errors"
     console.print(table)
 
 
@@ -139,7 +138,9 @@ def draw_panel(axes, rows: list[Row], method: str) -> None:
     for row in rows:
         if row["method"] in (FULL, method):
             rates = [run["rate"] for run in row["runs"]]
-            loss = np.array([spread(run, "validation_loss") for run in row["runs"]])
+            loss = np.array(
+                [mean_and_error(run["validation_loss"]) for run in row["runs"]]
+            )
             style = {"c": COLORS[row["start"]], "label": row["start"] or "all weights"}
             style |= {} if row["start"] else {"ls": "--"}
             axes.errorbar(rates, *loss.T, marker=".", capsize=2, lw=1.2, **style)

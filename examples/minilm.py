@@ -126,11 +126,15 @@ class Encoder(nnx.Module):
         return (x * weight).sum(-2)
 
 
+def load_config() -> Config:
+    """The sizes of the pretrained encoder."""
+    entries = json.loads((model_folder() / "config.json").read_text())
+    return Config(**{name: entries[name] for name in Config._fields})
+
+
 def load_encoder(rank: int | None = None, seed: int = 0) -> Encoder:
     """The pretrained encoder, with new adapters if a rank is given."""
-    entries = json.loads((model_folder() / "config.json").read_text())
-    config = Config(**{name: entries[name] for name in Config._fields})
-    encoder = Encoder(config, nnx.Rngs(seed), rank)
+    encoder = Encoder(load_config(), nnx.Rngs(seed), rank)
     weights = load_file(model_folder() / "model.safetensors")
     for path, variable in nnx.to_flat_state(nnx.state(encoder, nnx.Param)):
         if isinstance(variable, nnx.LoRAParam):

@@ -55,16 +55,20 @@ class Method(NamedTuple):
       optimizer: From a learning-rate schedule to the Optax transform.
       rates: The learning rates of its sweep, ascending.
       rank: Of the adapters it trains; `None` trains the model without adapters.
+      only: A filter of the variables that it trains, if not all of these.
     """
 
     name: str
     optimizer: Callable[[optax.Schedule], optax.GradientTransformation]
     rates: tuple[float, ...]
     rank: int | None = RANK
+    only: Any = None
 
     @property
-    def trains(self) -> type[nnx.Variable]:
-        """The type of variable that it trains."""
+    def trains(self) -> Any:
+        """A filter of the variables that it trains."""
+        if self.only is not None:
+            return self.only
         return nnx.Param if self.rank is None else nnx.LoRAParam
 
 

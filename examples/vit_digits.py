@@ -43,7 +43,7 @@ class Block(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Images `(n, 8, 8)` to logits `(n, 10)`; with `rank`, LoRA on every layer."""
+    """Images `(n, side, side)` to logits; with `rank`, LoRA on every layer."""
 
     def __init__(
         self,
@@ -53,21 +53,25 @@ class ViT(nnx.Module):
         depth: int = 3,
         heads: int = 4,
         rank: int | None = None,
+        side: int = SIDE,
+        patch: int = PATCH,
+        classes: int = CLASSES,
     ):
         lora = functools.partial(nnx.LoRALinear, lora_rank=rank)
         linear = nnx.Linear if rank is None else lora
-        tokens = (SIDE // PATCH) ** 2
-        self.embed = linear(PATCH**2, width, rngs=rngs)
+        self.grid, self.patch = side // patch, patch
+        tokens = self.grid**2
+        self.embed = linear(patch**2, width, rngs=rngs)
         self.position = nnx.Param(0.02 * rngs.params.normal((tokens, width)))
         blocks = [Block(width, heads, linear, rngs) for _ in range(depth)]
         self.blocks = nnx.Sequential(*blocks)
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.head = linear(width, CLASSES, rngs=rngs)
+        self.head = linear(width, classes, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:  # noqa: D102
-        grid = SIDE // PATCH
-        patches = images.reshape(-1, grid, PATCH, grid, PATCH).swapaxes(2, 3)
-        x = self.embed(patches.reshape(-1, grid**2, PATCH**2)) + self.position[...]
+        grid, patch = self.grid, self.patch
+        patches = images.reshape(-1, grid, patch, grid, patch).swapaxes(2, 3)
+        x = self.embed(patches.reshape(-1, grid**2, patch**2)) + self.position[...]
         return self.head(self.norm(self.blocks(x)).mean(axis=1))
 
 
