@@ -84,19 +84,19 @@ def _batched_eigh(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rounding_level(values: jax.Array, sizes: np.ndarray) -> jax.Array:
-    """The size below which an eigenvalue is rounding noise, `(N, 1)`.
+    """The size below which an eigenvalue is rounding noise, `(*batch, 1)`.
 
     It is measured: float32 Gram matrices show null spaces of up to 5 eps, relative to
     the largest eigenvalue, at rank 16, and of about 9 at rank 64. A factor of rank 32
     keeps all of its directions up to a condition number of 1e3.
 
     Args:
-      values: `(N, R)`, ascending.
-      sizes: `(N,)` static, the size of each matrix.
+      values: `(*batch, R)`, ascending.
+      sizes: `(*batch)` static, the size of each matrix.
     """
-    roundings = np.maximum(8, np.asarray(sizes) / 4)[:, None]
+    roundings = np.maximum(8, np.asarray(sizes) / 4)[..., None]
     eps = jnp.finfo(values.dtype).eps
-    return jnp.asarray(roundings, values.dtype) * eps * values[:, -1:]
+    return jnp.asarray(roundings, values.dtype) * eps * values[..., -1:]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
