@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 T = TypeVar("T")
 
@@ -145,9 +146,12 @@ class Norm(NamedTuple):
     unit: jax.Array
     value: jax.Array
 
-    def times(self, number: float) -> "Norm":
-        """The norm of as many times the array, its unit at most the largest number."""
-        largest = jnp.finfo(self.unit.dtype).max
+    def times(self, number: ArrayLike) -> "Norm":
+        """The norm of as many times the array, with a unit that may be divided by.
+
+        Above 2^126 of float32 a reciprocal, which XLA may take instead, would be 0.
+        """
+        largest = 1 / jnp.finfo(self.unit.dtype).tiny
         return Norm(jnp.minimum(number * self.unit, largest), self.value)
 
     @classmethod

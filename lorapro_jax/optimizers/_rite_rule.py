@@ -30,10 +30,11 @@ from ..algebra._factors import (
     Step,
     in_compute_dtype,
 )
-from ..algebra._linalg import Eigh, Norm, matmul, reciprocal, rounding_level
-from ..algebra._products import apply, beside, contract, over, times
+from ..algebra._linalg import Eigh, matmul, reciprocal, rounding_level
+from ..algebra._products import apply, beside, contract, over
 from ..algebra._sharding import replicated
 from ..algebra._spectra import decompose, eigh_each, gram_powers
+from ..algebra._unmagnified import Unmagnified
 from ..transforms._clip import Clip
 from ._moments import decayed, unbiased
 
@@ -126,10 +127,9 @@ class Rite(NamedTuple):
         ]
         each = zip(pairs, powers, states, frames, strict=True)
         sides = [side for of_pair in each for side in _sides(*of_pair)]
-        seen = [apply(side.lift, side.gradient) for side in sides]
-        norms = [Norm.of(x.array, (x.axes.rank, *x.features)) for x in seen]
-        factor = clip.factor(norms)
-        u = [_bounded(*x, factor) for x in zip(seen, norms, strict=True)]
+        seen = [Unmagnified.of(side.lift, side.gradient) for side in sides]
+        factor = clip.factor(x.norm for x in seen)
+        u = [x.clipped(factor) for x in seen]
 
         new = self._averaged(sides, u, count)
         moved = [apply(x.lift, unbiased(x.mu, self.b1, count)) for x in new]
@@ -197,6 +197,7 @@ def _sides(
     pair: PairArrays, powers: Both[jax.Array], old: RiteMoments, frames: Both[Any]
 ) -> list[_Side]:
     """The factors of a pair that move, and their moments turned to these frames."""
+    old = jax.tree.map(lambda x: x.astype(pair.dtype), old)
     result = []
     for k, factor in enumerate(pair.factors):
         if not factor.trains:
@@ -206,22 +207,10 @@ def _sides(
         mu, nu = old.mu[k], old.nu[k]
         if frame is not None:
             turn = beside(contract(frame, old.frames[1 - k]), factor)
-            mu = apply(turn, mu.astype(turn.dtype))
-            nu = matmul(matmul(turn, nu), turn.mT)
+            mu, nu = apply(turn, mu), matmul(matmul(turn, nu), turn.mT)
         of_v = old.spectrum[k], old.rho[k]
         result.append(_Side(pair.gradients[k], lift, mu, nu, *of_v))
     return result
-
-
-def _bounded(u: Factor, norm: Norm, factor: jax.Array | None) -> Factor:
-    """Clipped, and a layer whose squares would overflow made so small that they do not.
-
-    Its direction is what counts then. The sum of all that V can lose fits as well.
-    """
-    unit = norm.unit if factor is None else factor.astype(u.dtype) * norm.unit
-    largest = 2.0 ** (jnp.finfo(u.dtype).maxexp // 2 - 8)
-    most = largest / jnp.maximum(norm.value, 1)
-    return times(jnp.minimum(unit, most) / norm.unit, u)
 
 
 def _rounding(values: jax.Array) -> jax.Array:
