@@ -7,6 +7,8 @@ Optimizers:
     lorapro                LoRA's gradients in, those closest to the full gradient out
     lorapro_adamw          AdamW in the space of the weights, at LoRA's memory
     scale_by_lorapro_adam  its direction, without learning rate and weight decay
+    lora_rite              LoRA-RITE: steps that do not depend on how B A is split
+    scale_by_lora_rite     its direction
     stochastic_rounding    steps below the rounding of factors in bfloat16
 
 Pairs:
@@ -43,6 +45,7 @@ from .optimizers._adamw import (
     scale_by_lorapro_adam,
 )
 from .optimizers._lorapro import lorapro
+from .optimizers._rite import ScaleByLoRARiteState, lora_rite, scale_by_lora_rite
 from .pairs._axes import LoRAPair
 from .pairs._describe import describe_pairs
 from .pairs._find import find_pairs
@@ -55,6 +58,7 @@ __all__ = [
     "LoRAPair",
     "RankTable",
     "ScaleByLoRAProAdamState",
+    "ScaleByLoRARiteState",
     "allocate_ranks",
     "describe_pairs",
     "equivalent_gradient",
@@ -62,8 +66,10 @@ __all__ = [
     "find_pairs",
     "initialize_adapters",
     "initialize_model",
+    "lora_rite",
     "lorapro",
     "lorapro_adamw",
+    "scale_by_lora_rite",
     "scale_by_lorapro_adam",
     "stochastic_rounding",
 ]

@@ -38,6 +38,12 @@ def check_positive(name: str, value: Any, *, finite: bool = True) -> None:
         raise ValueError(f"`{name}={value!r}` has to be {kind} above 0.")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raises ValueError where `value` is not True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"`{name}={value!r}` has to be True or False.")
+
+
 def check_float_dtype(name: str, value: Any) -> None:
     """Raises ValueError where `value` is no dtype of real floating point, or None."""
     if value is None:

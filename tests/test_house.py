@@ -175,7 +175,7 @@ BROKEN = {
     "a rule imports another": (
         tied_optimizers,
         {
-            "optimizers/_x.py": "from ._rite import Rite\nclass X:\n"
+            "optimizers/_x.py": "from ._rite_rule import Rite\nclass X:\n"
             "  def init(self): pass\n  def update(self): pass",
         },
     ),

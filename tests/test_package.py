@@ -15,10 +15,13 @@ import lorapro_jax
 ROOT = Path(__file__).parents[1]
 FUNCTIONS = {
     "allocate_ranks", "describe_pairs", "equivalent_gradient", "estimate_gradients",
-    "find_pairs", "initialize_adapters", "initialize_model", "lorapro",
-    "lorapro_adamw", "scale_by_lorapro_adam", "stochastic_rounding",
+    "find_pairs", "initialize_adapters", "initialize_model", "lora_rite", "lorapro",
+    "lorapro_adamw", "scale_by_lora_rite", "scale_by_lorapro_adam",
+    "stochastic_rounding",
 }  # fmt: skip
-CLASSES = {"LoRAPair", "RankTable", "ScaleByLoRAProAdamState"}
+CLASSES = {
+    "LoRAPair", "RankTable", "ScaleByLoRAProAdamState", "ScaleByLoRARiteState",
+}  # fmt: skip
 MODULES = {"diagnostics", "initializers", "keras", "peft"}
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 T = TypeVar("T")
 
@@ -84,19 +85,19 @@ def _batched_eigh(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rounding_level(values: jax.Array, sizes: np.ndarray) -> jax.Array:
-    """The size below which an eigenvalue is rounding noise, `(N, 1)`.
+    """The size below which an eigenvalue is rounding noise, `(*batch, 1)`.
 
     It is measured: float32 Gram matrices show null spaces of up to 5 eps, relative to
     the largest eigenvalue, at rank 16, and of about 9 at rank 64. A factor of rank 32
     keeps all of its directions up to a condition number of 1e3.
 
     Args:
-      values: `(N, R)`, ascending.
-      sizes: `(N,)` static, the size of each matrix.
+      values: `(*batch, R)`, ascending.
+      sizes: `(*batch)` static, the size of each matrix.
     """
-    roundings = np.maximum(8, np.asarray(sizes) / 4)[:, None]
+    roundings = np.maximum(8, np.asarray(sizes) / 4)[..., None]
     eps = jnp.finfo(values.dtype).eps
-    return jnp.asarray(roundings, values.dtype) * eps * values[:, -1:]
+    return jnp.asarray(roundings, values.dtype) * eps * values[..., -1:]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -145,9 +146,12 @@ class Norm(NamedTuple):
     unit: jax.Array
     value: jax.Array
 
-    def times(self, number: float) -> "Norm":
-        """The norm of as many times the array, its unit at most the largest number."""
-        largest = jnp.finfo(self.unit.dtype).max
+    def times(self, number: ArrayLike) -> "Norm":
+        """The norm of as many times the array, with a unit that may be divided by.
+
+        Above 2^126 of float32 a reciprocal, which XLA may take instead, would be 0.
+        """
+        largest = 1 / jnp.finfo(self.unit.dtype).tiny
         return Norm(jnp.minimum(number * self.unit, largest), self.value)
 
     @classmethod

@@ -1,5 +1,6 @@
-"""Gram matrices BᵀB and AAᵀ of all pairs in their eigenbases, and powers of them."""
+"""Gram matrices BᵀB and AAᵀ of all pairs, and other matrices, in their eigenbases."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from ._linalg import (
     rounding_level,
 )
 from ._products import contract, times, unit_of
+from ._sharding import replicated
 from ._stack import Stack, split_batches, stack_square
 
 
@@ -110,23 +112,25 @@ def gram_powers(
     return [Both(*x) for x in zip(*map(power_of, known), strict=True)]
 
 
-def inverse_roots(matrices: Sequence[jax.Array], floor: ArrayLike) -> list[jax.Array]:
-    """(V + floor · I)^(-½) of positive semi-definite matrices, with one `eigh`.
-
-    0 in the directions in which V + floor is 0.
+def eigh_each(matrices: Sequence[jax.Array]) -> list[Eigh]:
+    """Eigendecompositions of positive semi-definite matrices, with one `eigh`.
 
     Args:
-      matrices: `(*batch, r, r)` each.
-      floor: At least 0, in the units of V.
+      matrices: `(*batch, r, r)` each, of any sizes and dtypes.
+
+    Returns:
+      Values `(*batch, r)` and vectors `(*batch, r, r)` of each, in its dtype and on
+      every device. A matrix that is not finite has values of NaN.
     """
     batches = [x.shape[:-2] for x in matrices]
-    sizes = np.repeat(
-        [x.shape[-1] for x in matrices], [int(np.prod(batch)) for batch in batches]
-    )
-    values, vectors = eigh_psd(stack_square(matrices), sizes)
-    root = jnp.sqrt(reciprocal(values + jnp.asarray(floor, values.dtype)))
-    parts = split_batches(matmul(vectors * root[:, None, :], vectors.mT), batches)
+    ranks = [x.shape[-1] for x in matrices]
+    sizes = np.repeat(ranks, [math.prod(batch) for batch in batches])
+    stack = stack_square([replicated(x) for x in matrices])
+    found = eigh_psd(jax.lax.stop_gradient(stack), sizes)
+    values, vectors = not_through("An inverse root of a moment", found, stack)
+    parts = zip(*(split_batches(x, batches) for x in (values, vectors)), strict=True)
     return [
-        x[..., : y.shape[-1], : y.shape[-1]].astype(y.dtype)
-        for x, y in zip(parts, matrices, strict=True)
+        # Of the padding the values come first, and the rows last.
+        Eigh(value[..., -r:].astype(x.dtype), vector[..., :r, -r:].astype(x.dtype))
+        for (value, vector), r, x in zip(parts, ranks, matrices, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 A `Rule` sees the arrays of pairs and knows nothing of trees; `over_pairs` sees trees
 and knows nothing of the rule. A new optimizer is a new rule, and a factory that hands
-it to `over_pairs`; see `optimizers/_rite.py` for one on a page.
+it to `over_pairs`; see `optimizers/_dense.py` for one on a page.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,8 @@ from ._view import View, as_wide_as, wide, with_values
 
 _FOREIGN = (
     "The optimizer state is not that of these gradients. Call `tx.init` with the "
-    "parameters that they were taken of, and with the same options (as `moments=`)."
+    "parameters that they were taken of, and with the same options (as `moments=` or "
+    "`escape_mass=`)."
 )
 
 

@@ -56,7 +56,7 @@ class View(NamedTuple):
             return []
         if params is None:
             raise ValueError(
-                "LoRA-Pro needs the current factors: call "
+                "An optimizer of LoRA pairs needs the current factors: call "
                 "`tx.update(grads, state, params)`."
             )
         gradients, factors = index_leaves(updates), index_leaves(params)

@@ -1,4 +1,4 @@
-"""Powers of Gram matrices and inverse roots against dense NumPy, in float64."""
+"""Powers of Gram matrices and eigendecompositions against dense NumPy, in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorapro_jax.algebra._linalg import eigh_psd
-from lorapro_jax.algebra._spectra import decompose, gram_powers, inverse_roots
+from lorapro_jax.algebra._spectra import decompose, eigh_each, gram_powers
 from lorapro_jax.algebra._stack import split_batches, stack_square
 from tests.support import oracle
 from tests.support.arrays import pair_arrays
@@ -23,7 +23,7 @@ powers_of = jax.jit(
     lambda pairs, power, damping: gram_powers(decompose(pairs), power, damping),
     static_argnums=1,
 )
-roots_of = jax.jit(inverse_roots)
+each = jax.jit(eigh_each)
 
 
 def assert_close(got, want):
@@ -118,38 +118,45 @@ def squares(seed, batch, size, rank):
     return (q * values) @ q.mT
 
 
-@pytest.mark.parametrize("floor", [0.0, 1e-3])
-def test_inverse_roots_of_mixed_sizes_and_ranks(floor, x64):
+def test_eigendecompositions_of_mixed_sizes_and_ranks_are_those_of_each(x64):
+    """Null spaces are exactly 0, and the padding leaves no trace."""
     matrices = [
         squares(0, (), 5, 5), squares(1, (2, 3), 3, 3), squares(2, (), 1, 1),
         squares(3, (2,), 4, 2), squares(4, (), 3, 0),
     ]  # fmt: skip
 
-    received = roots_of([jnp.asarray(x) for x in matrices], floor)
+    received = each([jnp.asarray(x) for x in matrices])
 
-    for x, root in zip(matrices, received, strict=True):
-        assert root.shape == x.shape
-        for k in np.ndindex(x.shape[:-2]):
-            if x[k].any() or floor:
-                assert_close(root[k], power_of(x[k], -0.5, floor))
-            else:
-                np.testing.assert_array_equal(root[k], 0)
-    # Negative control: a root is no inverse.
+    for x, (values, vectors), rank in zip(
+        matrices, received, (5, 3, 1, 2, 0), strict=True
+    ):
+        assert values.shape == x.shape[:-1]
+        assert vectors.shape == x.shape
+        np.testing.assert_allclose(values, np.linalg.eigvalsh(x), atol=TOLERANCE)
+        np.testing.assert_array_equal(np.count_nonzero(values, -1), rank)
+        eye = np.broadcast_to(np.eye(x.shape[-1]), x.shape)
+        np.testing.assert_allclose(vectors.mT @ vectors, eye, atol=TOLERANCE)
+        rebuilt = (vectors * values[..., None, :]) @ vectors.mT
+        np.testing.assert_allclose(rebuilt, x, atol=TOLERANCE)
+    # Negative control: values in another order are another matrix's.
+    values, vectors = received[0]
     with pytest.raises(AssertionError):
-        assert_close(received[0], power_of(matrices[0], -1.0, floor))
+        assert_close((vectors * values[::-1]) @ vectors.mT, matrices[0])
 
 
-def test_inverse_root_of_a_matrix_that_is_not_finite_stays_alone(x64):
+def test_eigendecomposition_of_a_matrix_that_is_not_finite_stays_alone(x64):
     matrices = [squares(k, (3,), size, size) for k, size in enumerate((2, 4, 3))]
-    clean = roots_of([jnp.asarray(x) for x in matrices], 1e-3)
+    clean = each([jnp.asarray(x) for x in matrices])
     matrices[1][1, 0, 2] = np.nan
 
-    received = roots_of([jnp.asarray(x) for x in matrices], 1e-3)
+    received = each([jnp.asarray(x) for x in matrices])
 
-    assert np.isnan(received[1][1]).all()
-    np.testing.assert_array_equal(received[1][::2], clean[1][::2])
+    assert np.isnan(received[1].values[1]).all()
+    for got, want in zip(received[1], clean[1], strict=True):
+        np.testing.assert_array_equal(got[::2], want[::2])
     for k in (0, 2):
-        np.testing.assert_array_equal(received[k], clean[k])
+        for got, want in zip(received[k], clean[k], strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 def test_results_are_in_the_dtype_of_each_pair(x64):
@@ -158,8 +165,8 @@ def test_results_are_in_the_dtype_of_each_pair(x64):
     narrow = pair_of(*map(np.float32, factors(1, (7, 5, 2))))
     received = powers_of([wide, narrow], -0.5, 0.0)
     assert [x.a.dtype for x in received] == [jnp.float64, jnp.float32]
-    roots = roots_of([jnp.eye(2, dtype=jnp.float32), jnp.eye(3)], 0.0)
-    assert [x.dtype for x in roots] == [jnp.float32, jnp.float64]
+    found = each([jnp.eye(2, dtype=jnp.float32), jnp.eye(3)])
+    assert [x.vectors.dtype for x in found] == [jnp.float32, jnp.float64]
 
 
 def test_stacked_eigendecomposition_of_mixed_sizes_reconstructs_each_matrix():

@@ -13,10 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.trees import weights
-from lorapro_jax import lorapro_adamw, scale_by_lorapro_adam
+from lorapro_jax import lorapro_adamw, scale_by_lora_rite, scale_by_lorapro_adam
 from tests.support.meshes import put
 from tests.support.runs import MOMENTS, counted
-from tests.support.transforms import rite
 from tests.support.trees import make_params
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -207,7 +206,7 @@ def test_state_lies_where_its_factors_lie(axis_type):
 RULES = {
     "factored": scale_by_lorapro_adam,
     "dense": lambda: scale_by_lorapro_adam(moments="dense"),
-    "LoRA-RITE": lambda: rite(0.9, 0.999, 1e-8, 1.0),
+    "lora_rite": scale_by_lora_rite,
 }
 
 

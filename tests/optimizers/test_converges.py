@@ -11,10 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from lorapro_jax import lorapro, lorapro_adamw
-from lorapro_jax.optimizers._rite import Rite
-from lorapro_jax.transforms._options import pair_finder
-from lorapro_jax.transforms._over_pairs import over_pairs
+from lorapro_jax import lora_rite, lorapro, lorapro_adamw
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -33,15 +30,6 @@ FUNCTIONS = {  # of W's entries; where they begin, and their minimum
 }
 
 
-def rite(rate):
-    find = pair_finder(
-        scale=SCALE, alpha=None, rslora=False, pairs=None, stack_axis=None,
-        on_no_pairs="error",
-    )  # fmt: skip
-    tx = over_pairs(Rite(), find, optax.scale_by_adam())
-    return optax.chain(tx, optax.scale_by_learning_rate(rate))
-
-
 OPTIMIZERS = {
     "lorapro, sgd": lambda rate: optax.chain(
         lorapro(scale=SCALE, damping=1e-3), optax.sgd(rate / 20)
@@ -49,7 +37,7 @@ OPTIMIZERS = {
     "lorapro, adam": lambda rate: optax.chain(lorapro(scale=SCALE), optax.adam(rate)),
     "factored": functools.partial(lorapro_adamw, scale=SCALE),
     "dense": functools.partial(lorapro_adamw, scale=SCALE, moments="dense"),
-    "LoRA-RITE": rite,
+    "lora_rite": functools.partial(lora_rite, scale=SCALE),
 }
 
 

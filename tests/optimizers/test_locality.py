@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapro_jax import lorapro, scale_by_lorapro_adam
+from lorapro_jax import lorapro, scale_by_lora_rite, scale_by_lorapro_adam
 from lorapro_jax.transforms import _groups
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -16,6 +16,7 @@ TRANSFORMS = {
     "lorapro": lambda **options: lorapro(damping=1e-2, **options),
     "factored": scale_by_lorapro_adam,
     "dense": functools.partial(scale_by_lorapro_adam, moments="dense"),
+    "lora_rite": functools.partial(scale_by_lora_rite, max_grad_norm=None),
 }
 # name: shapes of A and B, their dtype, and the stacked axis if there is one.
 KINDS = {
@@ -106,7 +107,7 @@ def test_each_layer_of_a_stack_steps_as_it_does_alone(name):
         alone = run(tx, layer(params, k), [layer(x, k) for x in grads])
         for got, want in zip(together, alone, strict=True):
             assert_same(layer(got, k), want)
-    assert not np.isfinite(np.asarray(together[0]["stack"]["lora_b"][2])).any()
+    assert not np.isfinite(np.asarray(together[0]["stack"]["lora_a"][2])).any()
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "grouped"])

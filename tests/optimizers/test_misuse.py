@@ -239,7 +239,7 @@ class TestRemedies:
         params, dense = make_params(), lorapro_adamw(1e-3, moments="dense")
         state = lorapro_adamw(1e-3).init(params)
         with pytest.raises(
-            ValueError, match=r"with the same options \(as `moments=`\)"
+            ValueError, match=r"with the same options \(as `moments=` or"
         ):
             jax.jit(dense.update)(params, state, params)
         jax.jit(dense.update)(params, dense.init(params), params)

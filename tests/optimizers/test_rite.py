@@ -1,4 +1,4 @@
-"""LoRA-RITE, the rule of `_rite`: its step does not depend on how B A is split."""
+"""LoRA-RITE: its step does not depend on how B A is split, and is its authors'."""
 
 import functools
 
@@ -9,17 +9,31 @@ import numpy as np
 import optax
 import pytest
 
+from lorapro_jax import lora_rite, scale_by_lora_rite
 from tests.support import oracle, oracle_rite
-from tests.support.transforms import rite
+from tests.support.trees import make_params
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-M, N, R, STEPS, RATE = 9, 6, 3, 20, 0.02
+M, N, R, STEPS, RATE, DECAY = 9, 6, 3, 50, 0.02, 0.1
 # Each step costs a few roundings of 1e-16 times cond² = 1e2 to 1e3, and the loss, whose
 # curvature times RATE is below 1, does not let them grow: 1e-12, and some for the
 # directions that eps = 1e-8 hardly regularises.
 TOLERANCE = 1e-9
-HYPER = {"b1": 0.9, "b2": 0.99, "eps": 1e-8}
+HYPER = {"b1": 0.9, "b2": 0.99, "eps": 1e-8, "escape_mass": True, "max_grad_norm": 1.0}
+KINDS = {
+    "lora_rite": lambda scale: lora_rite(
+        RATE, weight_decay=DECAY, scale=scale, **HYPER
+    ),
+    "plain": lambda scale: lora_rite(
+        RATE, weight_decay=DECAY, scale=scale,
+        **HYPER | {"escape_mass": False, "max_grad_norm": None},
+    ),
+    "adam": lambda scale: optax.adam(RATE, 0.9, 0.99),
+}  # fmt: skip
+CHANGED = {
+    "b1": 0.91, "b2": 0.98, "eps": 1e-3, "escape_mass": False, "max_grad_norm": None
+}  # fmt: skip
 
 
 def start(seed=0, b_scale=1.0, scale=1.0):
@@ -34,21 +48,36 @@ def weight(params, scale=1.0):
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "stack"))
-def run(params, target, scale, kind="rite", stack=None):
+def run(params, target, scale, kind="lora_rite", stack=None):
     """s B A after each of some steps, and the factors at the end."""
     del stack  # so that shapes of another test do not share a trace
-    adam = lambda: optax.scale_by_adam(**HYPER)
-    tx = rite(**HYPER, scale=scale) if kind == "rite" else adam()
+    tx = KINDS[kind](scale)
     loss = lambda params: 0.5 * jnp.sum((weight(params, scale) - target) ** 2)
 
     def step(carry, _):
         params, state = carry
         updates, state = tx.update(jax.grad(loss)(params), state, params)
-        params = jax.tree.map(lambda p, d: p - RATE * d, params, updates)
+        params = optax.apply_updates(params, updates)
         return (params, state), weight(params, scale)
 
     (params, _), weights = jax.lax.scan(step, (params, tx.init(params)), length=STEPS)
     return weights, params
+
+
+def in_numpy(params, target, scale, hyper):
+    """`run`, and A at the end, by `oracle_rite`."""
+    a, b = np.asarray(params["lora_a"]).T, np.asarray(params["lora_b"]).T
+    rule, bound = dict(hyper), hyper["max_grad_norm"]
+    del rule["max_grad_norm"]
+    adapter, weights = oracle_rite.Weight(scale, **rule), []
+    keep = np.sqrt(1 - RATE * DECAY)
+    for _ in range(STEPS):
+        grads = oracle.lora_gradients(a, b, scale * b @ a - target, scale)
+        by = oracle_rite.clip_factor(adapter.unmagnified(a, b, *grads), (), bound)
+        step = adapter.direction(a, b, by * grads[0], by * grads[1])
+        a, b = keep * a - RATE * step[0], keep * b - RATE * step[1]
+        weights.append(scale * b @ a)
+    return np.stack(weights), a
 
 
 def distance(got, want):
@@ -61,10 +90,10 @@ def moved(params, q):
     return {"lora_a": a @ np.linalg.inv(q).T, "lora_b": q.T @ b}
 
 
-@pytest.mark.parametrize("kind", ["rite", "adam"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_product_does_not_depend_on_how_it_is_split(seed, kind, x64):
-    """After 20 steps; negative control: it does under `optax.adam`."""
+    """After 50 steps with decay; negative control: it does under `optax.adam`."""
     params, target = start(seed)
     q = np.eye(R) + 0.3 * np.random.default_rng(seed).standard_normal((R, R))
 
@@ -72,38 +101,33 @@ def test_product_does_not_depend_on_how_it_is_split(seed, kind, x64):
     other, factors = run(moved(params, q), target, 1.0, kind)
 
     assert distance(factors["lora_a"], params["lora_a"]) > 0.1
-    if kind == "rite":
-        assert distance(other, one) < TOLERANCE
-    else:
+    if kind == "adam":
         assert distance(other, one) > 1e-2
+    else:
+        assert distance(other, one) < TOLERANCE
 
 
 @pytest.mark.parametrize("b_scale", [1.0, 1e-2])
-def test_trajectory_is_that_of_the_algorithm_in_frames_from_qr(b_scale, x64):
-    """The frames are another basis of the same space, and the step is the same."""
+@pytest.mark.parametrize("kind", ["lora_rite", "plain"])
+def test_trajectory_is_that_of_the_algorithm_in_frames_from_qr(kind, b_scale, x64):
+    """50 steps. The frames are another basis of the same space, the step is the same.
+
+    With escaped mass, clipping and decay, and without the first two.
+    """
     scale = 2.0
     params, target = start(3, b_scale)
+    off = {"escape_mass": False, "max_grad_norm": None}
+    hyper = HYPER if kind == "lora_rite" else HYPER | off
 
-    received, factors = run(params, target, scale)
+    received, factors = run(params, target, scale, kind)
 
-    expected, a = in_numpy(params, target, scale, HYPER)
+    expected, a = in_numpy(params, target, scale, hyper)
     assert distance(received, expected) < TOLERANCE
     assert distance(factors["lora_a"].T, a) < TOLERANCE
-    for name in HYPER:  # negative control: each number matters
-        other = {**HYPER, name: 1.01 * HYPER[name] if name != "eps" else 1e-2}
-        assert distance(in_numpy(params, target, scale, other)[0], expected) > 1e-6
-
-
-def in_numpy(params, target, scale, hyper):
-    """`run`, and A at the end, by `oracle_rite`."""
-    a, b = np.asarray(params["lora_a"]).T, np.asarray(params["lora_b"]).T
-    rule, weights = oracle_rite.Weight(scale, **hyper), []
-    for _ in range(STEPS):
-        full = scale * b @ a - target
-        step = rule.direction(a, b, *oracle.lora_gradients(a, b, full, scale))
-        a, b = a - RATE * step[0], b - RATE * step[1]
-        weights.append(scale * b @ a)
-    return np.stack(weights), a
+    for name, value in CHANGED.items():  # negative control: each option matters
+        if value != hyper[name]:
+            other, _ = in_numpy(params, target, scale, hyper | {name: value})
+            assert distance(other, expected) > 1e-6
 
 
 def test_scale_of_the_forward_pass_does_not_change_the_trajectory(x64):
@@ -126,62 +150,174 @@ def test_stacked_layers_equal_each_alone(x64):
     stack = lambda xs: jnp.stack(xs).reshape(2, 2, *xs[0].shape)
     params = jax.tree.map(lambda *xs: stack(xs), *(params for params, _ in layers))
 
-    received, _ = run(params, stack([target for _, target in layers]), 1.0, stack=2)
+    targets = stack([target for _, target in layers])
+    received, _ = run(params, targets, 1.0, "plain", stack=2)
 
     for k, (params, target) in enumerate(layers):
-        expected, _ = run(params, target, 1.0)
+        expected, _ = run(params, target, 1.0, "plain")
         assert distance(received[:, k // 2, k % 2], expected) < TOLERANCE
 
 
-def lost(params, name, count):
-    """Parameters with the last singular values of a factor set to 0."""
-    u, sigma, vt = np.linalg.svd(params[name], full_matrices=False)
-    sigma[len(sigma) - count :] = 0
-    return {**params, name: jnp.asarray((u * sigma) @ vt)}
+SHAPES = {"x": (9, 6, 3), "y": (7, 8, 2)}  # m, n, r
 
 
-def as_float32(tree):
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+def tree(seed=0, size=1.0):
+    """Two pairs and a bias, and LoRA's gradients of two G after another."""
+    params, sequence = {"bias": jnp.ones(4)}, [{}, {}]
+    rng = np.random.default_rng(seed)
+    for name, shape in SHAPES.items():
+        a, b, _ = oracle.factors(seed, *shape)
+        params[name] = {"lora_a": jnp.asarray(a.T), "lora_b": jnp.asarray(b.T)}
+        for grads in sequence:
+            full = size * rng.standard_normal(shape[:2])
+            of_a, of_b = oracle.lora_gradients(a, b, full, 1.0)
+            grads[name] = {"lora_a": jnp.asarray(of_a.T), "lora_b": jnp.asarray(of_b.T)}
+    for grads in sequence:
+        grads["bias"] = jnp.asarray(size * rng.standard_normal(4))
+    return params, sequence
 
 
-def test_from_zero_b_it_is_finite_and_moves():
-    """The first step is B's: A has no gradient there. Later ones are both's."""
-    params, target = as_float32(start(5))
-    params["lora_b"] = jnp.zeros_like(params["lora_b"])
+@pytest.mark.parametrize("bound", [0.5, 5.0, 1e3, None])
+def test_all_gradients_are_clipped_by_the_norm_of_the_unmagnified_ones(bound, x64):
+    """Of both pairs and of the bias together; each step by its own norm."""
+    params, sequence = tree()
+    sequence[1] = jax.tree.map(lambda x: 3 * x, sequence[1])
+    tx = scale_by_lora_rite(eps=0.3, max_grad_norm=bound)
+    state, update, received = tx.init(params), jax.jit(tx.update), []
+    for grads in sequence:
+        updates, state = update(grads, state, params)
+        received.append(updates)
 
-    weights, factors = run(params, target, 1.0)
+    flat = lambda tree, name: [
+        np.asarray(tree[name][x]).T for x in ("lora_a", "lora_b")
+    ]
+    adapters = {name: oracle_rite.Weight(1.0, eps=0.3) for name in SHAPES}
+    adam = optax.scale_by_adam(eps=0.3)
+    of_bias = adam.init(params["bias"])
+    factors = []
+    for grads, got in zip(sequence, received, strict=True):
+        u = [
+            x for name, adapter in adapters.items()
+            for x in adapter.unmagnified(*flat(params, name), *flat(grads, name))
+        ]  # fmt: skip
+        by = oracle_rite.clip_factor(u, [grads["bias"]], bound)
+        factors.append(by)
+        for name, adapter in adapters.items():
+            clipped = [by * x for x in flat(grads, name)]
+            want = adapter.direction(*flat(params, name), *clipped)
+            for x, y in zip(flat(got, name), want, strict=True):
+                np.testing.assert_allclose(x, y, atol=TOLERANCE)
+        want, of_bias = adam.update(by * grads["bias"], of_bias)
+        np.testing.assert_allclose(got["bias"], want, atol=TOLERANCE)
+    # Negative control: the small bounds are reached, at different factors.
+    clips = bound in (0.5, 5.0)
+    assert (factors[1] < 0.5 * factors[0] < 0.5) if clips else factors == [1.0, 1.0]
 
-    chex.assert_tree_all_finite((weights, factors))
-    losses = jnp.sum((weights - target) ** 2, (-2, -1))
-    assert losses[-1] < 0.98 * losses[0] < 0.98 * jnp.sum(target**2)
-    for name in factors:
-        assert jnp.abs(factors[name] - params[name]).max() > RATE
+
+@pytest.mark.parametrize("kind", ["zeros", "not finite", "missing"])
+@pytest.mark.parametrize("wrt", ["a", "b"])
+def test_one_factor_alone_follows_its_own_half_of_the_algorithm(wrt, kind, x64):
+    """The other stays, and so does its frame; it has no state. All decay is its own."""
+    params, target = start(5)
+    own, other = ("lora_a", "lora_b") if wrt == "a" else ("lora_b", "lora_a")
+    as_side = np.transpose if wrt == "a" else np.asarray  # A and B, or Bᵀ and Aᵀ
+    tx = lora_rite(RATE, eps=0.1, weight_decay=DECAY, wrt=wrt)
+    state, update = tx.init(params), jax.jit(tx.update)
+    side = oracle_rite.Side(0.9, 0.999, 0.1, escape_mass=True)
+    x, partner = as_side(params[own]), as_side(params[other])
+    for _ in range(10):
+        full = np.asarray(weight(params)) - target
+        a, b = (np.asarray(params[name]).T for name in ("lora_a", "lora_b"))
+        of_a, of_b = oracle.lora_gradients(a, b, full, 1.0)
+        grads = {"lora_a": jnp.asarray(of_a.T), "lora_b": jnp.asarray(of_b.T)}
+        gradient = as_side(grads[own])
+        grads[other] *= jnp.nan if kind == "not finite" else 0.0
+        if kind == "missing":
+            del grads[other]
+        updates, state = update(grads, state, params)
+        assert updates.keys() == grads.keys()
+        assert other not in updates or not np.any(updates[other])
+        params = params | {own: params[own] + updates[own]}
+
+        u = oracle_rite.unmagnified(partner, gradient, 1.0)
+        by = oracle_rite.clip_factor([u], [], 1.0)
+        step = side.direction(partner, by * gradient, 1.0)
+        x = (1 - RATE * DECAY) * x - RATE * step
+
+    np.testing.assert_allclose(as_side(params[own]), x, atol=TOLERANCE)
+    shapes = [x.shape for x in jax.tree.leaves(state[0].pairs)]
+    assert shapes == [params[own].shape, (R, R)]
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("name", ["lora_a", "lora_b"])
-def test_rank_deficient_factors_give_finite_steps(name, count):
-    """What a factor lacks is left out until its partner's step brings it back."""
-    params, target = as_float32(start(6))
-    params = as_float32(lost(params, name, count))
+def test_state_lies_at_the_places_that_the_spec_names():
+    """Of the size of Adam's on the factors, and some r×r."""
+    params = make_params()
+    names = "lora_a", "lora_b"
+    at = lambda layers, head: {
+        "layers": dict(zip(names, layers, strict=True)),
+        "head": {**dict(zip(names, head, strict=True)), "bias": None},
+        "norm": None,
+    }
+    masked = lambda x: isinstance(x, optax.MaskedNode)
+    shapes = lambda tree: jax.tree.map(
+        lambda x: None if masked(x) else x.shape, tree, is_leaf=masked
+    )
 
-    weights, factors = run(params, target, 1.0)
+    state = scale_by_lora_rite().init(params).pairs
 
-    chex.assert_tree_all_finite((weights, factors))
-    losses = jnp.sum((weights - target) ** 2, (-2, -1))
-    assert losses[-1] < losses[0]
+    factors = at([(3, 10, 4), (3, 4, 6)], [(8, 2), (2, 5)])
+    assert shapes(state.mu) == shapes(state.frames) == factors
+    assert shapes(state.nu) == at([(3, 4, 4)] * 2, [(2, 2)] * 2)
+    assert shapes(state.spectrum) == at([(3, 4)] * 2, [(2,)] * 2)
+    assert shapes(state.rho) == at([(3,)] * 2, [()] * 2)
+    without = scale_by_lora_rite(escape_mass=False).init(params).pairs
+    assert not jax.tree.leaves((without.spectrum, without.rho))
+    chex.assert_trees_all_equal_shapes(without[:3], state[:3])
 
 
-def test_a_gradient_that_is_not_finite_stays_in_its_pair():
-    params = {name: as_float32(start(seed)[0]) for name, seed in (("x", 0), ("y", 1))}
-    params["bias"] = jnp.ones(3)
-    tx = rite(**HYPER, scale=1.0)
-    update, state = jax.jit(tx.update), tx.init(params)
-    bad = {**params, "x": {**params["x"], "lora_a": params["x"]["lora_a"] * jnp.nan}}
+def test_mu_dtype_is_that_of_the_first_moments_only():
+    params = make_params(jnp.bfloat16)
+    tx = scale_by_lora_rite(mu_dtype=jnp.bfloat16)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(params, state, params)
+    dtypes = lambda tree: {x.dtype for x in jax.tree.leaves(tree)}
+    assert dtypes((state.pairs.mu, state.others.mu, updates)) == {jnp.dtype("bfloat16")}
+    assert dtypes((state.pairs[1:], state.others.nu)) == {jnp.dtype("float32")}
 
-    received, _ = update(bad, state, params)
 
-    expected, _ = update(params, state, params)
-    for name in ("y", "bias"):
-        chex.assert_trees_all_equal(received[name], expected[name])
-    assert not all(bool(jnp.isfinite(x).all()) for x in received["x"].values())
+@pytest.mark.parametrize("escape_mass", [True, False])
+def test_there_are_two_eigendecompositions_however_many_pairs(escape_mass):
+    """One of all Gram matrices, and one of the second moments, which need these."""
+    params = {str(k): make_params(seed=k) for k in range(3)}
+    tx = scale_by_lora_rite(escape_mass=escape_mass)
+    compiled = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
+    assert compiled.as_text().count('custom_call_target="lapack_ssyevd') == 2
+
+
+def test_escaped_mass_is_what_the_second_moment_loses(x64):
+    """B's columns turn to others at once: all of A's V is lost, and ρ has it."""
+    a = np.linalg.qr(np.random.default_rng(0).standard_normal((N, R)))[0]
+    first, second = np.eye(M)[:R], np.eye(M)[R : 2 * R]
+    tx = scale_by_lora_rite(b2=0.9, max_grad_norm=None)
+    g = np.random.default_rng(1).standard_normal((M, N))
+    grads = lambda b: {
+        "lora_a": jnp.asarray((b @ g).T),
+        "lora_b": jnp.asarray((g @ a).T),
+    }
+    params = {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(first)}
+    update = jax.jit(tx.update)
+
+    _, before = update(grads(first), tx.init(params), params)
+    params["lora_b"] = jnp.asarray(second)
+    _, after = update(grads(second), before, params)
+
+    assert before.pairs.rho["lora_a"] == 0
+    largest = np.linalg.eigvalsh(before.pairs.nu["lora_a"])[-1]
+    np.testing.assert_allclose(after.pairs.rho["lora_a"], 0.9 * largest, rtol=1e-12)
+    # A's rows are where they were: B loses nothing, not even to rounding.
+    assert after.pairs.rho["lora_b"] == 0
+    u = second @ g  # and of V nothing is left but the new
+    np.testing.assert_allclose(
+        after.pairs.nu["lora_a"], 0.1 * u @ u.T / N, atol=TOLERANCE
+    )

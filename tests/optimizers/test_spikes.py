@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lorapro_jax import lorapro_adamw
+from lorapro_jax import lora_rite, lorapro_adamw
 
 IN, OUT, RANK, SCALE = 24, 16, 4, 2.0
 AT, STEPS = 40, 110
@@ -19,6 +19,7 @@ TRANSFORMS = {
     "lorapro_adamw, bounded": lambda: lorapro_adamw(
         1e-2, scale=SCALE, max_grad_norm=1e3
     ),
+    "lora_rite": lambda: lora_rite(1e-2, scale=SCALE),
 }
 
 
@@ -69,7 +70,9 @@ def regret(name, where, spike):
 
 @pytest.mark.parametrize("where", ["lora_a", "lora_b", "all"])
 @pytest.mark.parametrize("spike", SIZES)
-@pytest.mark.parametrize("name", ["lorapro_adamw", "lorapro_adamw, bounded"])
+@pytest.mark.parametrize(
+    "name", ["lorapro_adamw", "lorapro_adamw, bounded", "lora_rite"]
+)
 def test_a_spike_of_any_size_costs_no_more_than_it_costs_adamw(name, spike, where):
     """Or a hundredth of the way: 70 steps after it the run is where it would be."""
     cost = regret(name, where, spike)

@@ -11,17 +11,15 @@ import jax
 import numpy as np
 import optax
 
-from lorapro_jax import lorapro, lorapro_adamw, scale_by_lorapro_adam
-from lorapro_jax.optimizers._rite import Rite
-from lorapro_jax.transforms._options import pair_finder
-from lorapro_jax.transforms._over_pairs import over_pairs
+from lorapro_jax import lora_rite, lorapro, lorapro_adamw, scale_by_lorapro_adam
 from tests.support import oracle, oracle_adamw, oracle_rite
 from tests.support.trees import others, with_others
 
 # No defaults, so that each of them matters. This eps keeps entries of E that are
 # nearly 0 from a direction of ±1, on which two roundings could disagree.
 ADAM = {"b1": 0.8, "b2": 0.95, "eps": 1e-2}
-LORAPRO = {"scale": 1.5, "damping": 0.01}
+SCALE = {"scale": 1.5}
+LORAPRO = {"damping": 0.01} | SCALE
 DESCENT = {"learning_rate": 0.02, "weight_decay": 0.1}
 
 Tree = Any
@@ -32,15 +30,6 @@ def lorapro_chain(learning_rate, eps, scale, damping):
     """What most users have."""
     adamw = optax.adamw(learning_rate, eps=eps, weight_decay=0.0)
     return optax.chain(lorapro(scale=scale, damping=damping), adamw)
-
-
-def rite(b1, b2, eps, scale):
-    """LoRA-RITE, which has no public name yet."""
-    find = pair_finder(
-        scale=scale, alpha=None, rslora=False, pairs=None, stack_axis=None,
-        on_no_pairs="error",
-    )  # fmt: skip
-    return over_pairs(Rite(b1, b2, eps), find, optax.scale_by_adam(b1, b2, eps))
 
 
 def each_layer(
@@ -124,8 +113,8 @@ def adam(moments: str) -> Oracle:
     )
 
 
-def adamw(moments: str) -> Oracle:
-    """Rate and decay behind `adam`: of the product B A, and of the other leaves."""
+def descent(direction: Oracle) -> Oracle:
+    """Rate and decay behind it: of the product B A, and of the other leaves."""
     rate, decay = DESCENT["learning_rate"], DESCENT["weight_decay"]
     shrink = np.sqrt(1 - rate * decay) - 1
 
@@ -136,13 +125,13 @@ def adamw(moments: str) -> Oracle:
         return with_others(pairs, jax.tree.map(of_other, direction, params))
 
     return lambda params, sequence: [
-        descended(x, params) for x in adam(moments)(params, sequence)
+        descended(x, params) for x in direction(params, sequence)
     ]
 
 
-def rite_oracle(params: Tree, sequence: Sequence[Tree]) -> list[Tree]:
+def rite(params: Tree, sequence: Sequence[Tree]) -> list[Tree]:
     """LoRA-RITE, in `oracle_rite`."""
-    start = lambda: oracle_rite.Weight(LORAPRO["scale"], **ADAM).direction
+    start = lambda: oracle_rite.Weight(SCALE["scale"], **ADAM).direction
     return over_others(each_layer(start, params, sequence), params, sequence)
 
 
@@ -182,11 +171,14 @@ TRANSFORMS = {
         adam("dense"),
     ),
     "lorapro_adamw": Row(
-        lorapro_adamw, DESCENT | ADAM | LORAPRO, adamw("factored"), True
+        lorapro_adamw, DESCENT | ADAM | LORAPRO, descent(adam("factored")), True
     ),
     "lorapro_adamw, dense": Row(
         functools.partial(lorapro_adamw, **_dense), DESCENT | ADAM | LORAPRO,
-        adamw("dense"), True,
+        descent(adam("dense")), True,
     ),
-    "LoRA-RITE": Row(rite, ADAM | {"scale": 1.5}, rite_oracle),
+    "lora_rite": Row(  # `masked` shows it a part of the tree, with another norm
+        functools.partial(lora_rite, max_grad_norm=None), DESCENT | ADAM | SCALE,
+        descent(rite), True,
+    ),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """Sharded factors, on eight simulated CPU devices."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -9,10 +10,14 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from lorapro_jax import lorapro, lorapro_adamw
+from lorapro_jax import lora_rite, lorapro, lorapro_adamw
 from tests.support.meshes import LAYOUTS, collectives, put, random_tree
 
-TRANSFORMS = {"lorapro": lorapro, "lorapro_adamw": lambda: lorapro_adamw(0.1)}
+TRANSFORMS = {
+    "lorapro": lorapro,
+    "lorapro_adamw": lambda: lorapro_adamw(0.1),
+    "lora_rite": lambda: lora_rite(0.1),
+}
 
 KEPT = {"features", "layers", "replicated"}
 
@@ -32,9 +37,22 @@ def on_one_device(name):
     return two_steps(tx, params, tx.init(params), *grads)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", TRANSFORMS)
+def cases(layouts, *more):
+    """All of two transforms, and more of LoRA-RITE, whose own are the r×r products."""
+    types = AxisType.Auto, AxisType.Explicit
+    return [
+        *itertools.product(("lorapro", "lorapro_adamw"), layouts, types),
+        *(("lora_rite", *x) for x in more),
+    ]
+
+
+LAYERS = "layers", AxisType.Auto
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "axis_type"),
+    cases(LAYOUTS, LAYERS, ("layers of one factor", AxisType.Explicit)),
+)
 def test_sharded_result_equals_one_device_and_keeps_the_sharding(
     name, layout, axis_type, quick_compiles
 ):
@@ -60,9 +78,12 @@ def test_sharded_result_equals_one_device_and_keeps_the_sharding(
 BLOCKS = {"", "1", "3", "6", "3,3", "4,4", "1,4,4", "3,4,4", "4,4,4", "6,4,4"}
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("layout", ["features", "layers", "replicated"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("name", "layout", "axis_type"),
+    cases(
+        ["features", "layers", "replicated"], LAYERS, ("features", AxisType.Explicit)
+    ),
+)
 def test_only_rank_sized_blocks_travel_between_devices(
     name, layout, axis_type, quick_compiles
 ):
@@ -81,10 +102,11 @@ def test_only_rank_sized_blocks_travel_between_devices(
     if layout == "layers":
         # An all-to-all shows its blocks with an axis for the devices.
         largest = max(math.prod(map(int, re.findall(r"\d+", x))) for _, x in sent)
-        grams = 2 * (1 + 6 + 1)  # of all pairs and layers
-        assert largest <= grams * 4 * 4 < 6 * 64 * 4 / 2  # less than a factor's share
+        # Gram matrices of all pairs and layers; second moments before and after a turn.
+        stacks = [2 * (1 + 6 + 1)] + [4 * (1 + 6 + 1)] * (name == "lora_rite")
+        assert largest <= max(stacks) * 4 * 4 < 6 * 64 * 4 / 2  # a factor's share
         gathered = {shape for kind, shape in sent if kind == "all-gather"}
-        assert gathered <= {"6", "6,4,4", f"{grams},4,4"}
+        assert gathered <= {"6", "6,4", "6,4,4", *(f"{x},4,4" for x in stacks)}
     else:
         assert kinds == ({"all-reduce"} if layout == "features" else set())
         assert {shape for _, shape in sent} <= BLOCKS
