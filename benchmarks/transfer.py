@@ -21,7 +21,6 @@ are not run again.
 """
 
 import argparse
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -136,7 +135,6 @@ def begin(task: Task, base: nnx.State, cell: Cell, seed: int) -> nnx.State:
     )
 
 
-@functools.cache
 def make_runs(
     task: Task, method: str, rank: int | None, steps: int
 ) -> Callable[..., Any]:
@@ -173,11 +171,12 @@ def make_runs(
 
 
 class Sweep(NamedTuple):
-    """One method on the task."""
+    """One method on the task; `programs` are by rank."""
 
     task: Task
     base: nnx.State
     method: str
+    programs: dict[int | None, Any]
     seeds: int = SEEDS
     steps: int = STEPS
     extensions: int = 4
@@ -188,7 +187,10 @@ class Sweep(NamedTuple):
         stacked = jax.tree.map(
             lambda *xs: jnp.concatenate([jnp.stack(xs)] * len(rates)), *states
         )
-        runs = make_runs(self.task, self.method, cell.rank, self.steps)
+        if cell.rank not in self.programs:
+            made = make_runs(self.task, self.method, cell.rank, self.steps)
+            self.programs[cell.rank] = made
+        runs = self.programs[cell.rank]
         each = jnp.repeat(jnp.asarray(rates), self.seeds)
         seeds = jnp.tile(jnp.arange(self.seeds), len(rates))
         found = runs(stacked, jnp.asarray(cell.scale), each, seeds)
@@ -262,7 +264,7 @@ def main() -> None:
         task, base, _ = SETTINGS["prose"].load(quick=args.quick, bar=bar)
         result |= {"machine": machine(), "steps": 10 if args.quick else STEPS}
     for method in args.methods if not args.report else ():
-        sweep = Sweep(task, base, method, args.seeds, result["steps"])
+        sweep = Sweep(task, base, method, {}, args.seeds, result["steps"])
         low, high = RATES.get(method, OTHERS)
         rates = [rate for rate in COARSE if low <= rate <= high]
         if args.quick:

@@ -133,7 +133,7 @@ def draw_panel(
 
 
 def save_picture(rows: list[Row], path: Path) -> None:
-    """A panel for each method, side by side: where stars line up, the rate transfers."""
+    """A panel for each method: where its stars line up, the rate transfers."""
     mpl.use("Agg")
     methods = list(dict.fromkeys(row["method"] for row in rows if row["rank"]))
     full = of_method(rows, FULL)

@@ -7,7 +7,7 @@ Python ships as the topics of `help()`.
 
 import functools
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -25,7 +25,7 @@ CONTEXT, VOCABULARY = 64, 128
 class ByteLM(nnx.Module):
     """Bytes `(n, 64)` to logits of the next; with `rank`, LoRA on every linear layer.
 
-    The bytes are those of ASCII.
+    The bytes are those of ASCII. `adapted` is the class of layers with LoRA.
     """
 
     def __init__(
@@ -36,8 +36,9 @@ class ByteLM(nnx.Module):
         depth: int = 3,
         heads: int = 4,
         rank: int | None = None,
+        adapted: Callable[..., nnx.Module] = nnx.LoRALinear,
     ):
-        lora = functools.partial(nnx.LoRALinear, lora_rank=rank)
+        lora = functools.partial(adapted, lora_rank=rank)
         linear = nnx.Linear if rank is None else lora
         self.embed = nnx.Embed(VOCABULARY, width, rngs=rngs)
         self.position = nnx.Param(0.02 * rngs.params.normal((CONTEXT, width)))
