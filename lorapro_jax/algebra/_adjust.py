@@ -53,7 +53,8 @@ def adjust(
     """
     pairs = [in_compute_dtype(pair) for pair in pairs]
     gradients = [pair.gradients for pair in pairs]
-    return project(decompose(pairs), pairs, gradients, damping=damping, gauge=gauge)
+    spectra = decompose(pairs)
+    return project(spectra, pairs, gradients, e=spectra.damping(damping), gauge=gauge)
 
 
 def project(
@@ -61,7 +62,7 @@ def project(
     pairs: Sequence[PairArrays],
     gradients: Sequence[Step],
     *,
-    damping: ArrayLike,
+    e: jax.Array,
     gauge: Gauge = "sylvester",
 ) -> list[Step]:
     """The steps (a, b) whose equivalent gradients are closest to matrices X.
@@ -70,14 +71,14 @@ def project(
       spectra: The `decompose` of these factors.
       pairs: In their compute dtype; their own gradients are not used.
       gradients: LoRA's gradients (s Bᵀ X, s X Aᵀ) of each pair's X.
-      damping: The damping of each pair, as in `adjust`.
+      e: The damping of each matrix, `(N,)`, in the units of `spectra`.
       gauge: Which of the closest steps, as in `adjust`.
 
     A factor that does not train has a step of 0, and its partner the closest step
     that there is without it: b = g_B (AAᵀ + eI)⁻¹/s², as in LoRA-FA (arXiv
     2308.03303), or a = (BᵀB + eI)⁻¹ g_A/s².
     """
-    found = project_in_units(spectra, pairs, gradients, damping=damping, gauge=gauge)
+    found = project_in_units(spectra, pairs, gradients, e=e, gauge=gauge)
     return [x.step.map(functools.partial(times, x.unit)) for x in found]
 
 
@@ -98,7 +99,7 @@ def project_in_units(
     pairs: Sequence[PairArrays],
     gradients: Sequence[Step],
     *,
-    damping: ArrayLike,
+    e: jax.Array,
     gauge: Gauge = "sylvester",
     largest: float = 1.0,
 ) -> list[InUnits]:
@@ -108,7 +109,7 @@ def project_in_units(
       spectra: The `decompose` of these factors.
       pairs: In their compute dtype.
       gradients: LoRA's gradients.
-      damping: The damping of each pair.
+      e: The damping of each matrix, as in `project`.
       gauge: Which of the closest steps.
       largest: A power of two for gradients of up to about `largest` times 1e32.
     """
@@ -116,7 +117,7 @@ def project_in_units(
     crosses = [_cross(pair, gradient, unit / largest) for pair, gradient, unit in each]
     # A gradient's own unit is s times that of its factors.
     weights = [unit / pair.scale for pair, _, unit in each]
-    found = coefficients(spectra, crosses, weights, largest, damping, gauge)
+    found = coefficients(spectra, crosses, weights, largest, e, gauge)
     return [
         InUnits(largest * weight, _step(pair, gradient, c))
         for (pair, gradient, _), weight, c in zip(each, weights, found, strict=True)

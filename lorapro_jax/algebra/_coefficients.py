@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from .._checks import check_choice, is_real_scalar, is_traced, known
 from ._factors import Both
@@ -61,7 +60,7 @@ def coefficients(
     crosses: Sequence[jax.Array],
     weights: Sequence[jax.Array],
     unit: float,
-    damping: ArrayLike,
+    e: jax.Array,
     gauge: Gauge,
 ) -> list[Coefficients]:
     """The matrices of the adjustment, pair by pair.
@@ -80,15 +79,14 @@ def coefficients(
       crosses: g_A Aᵀ of each, in the units of `spectra` for A: `(*batch, r, r)`.
       weights: w, the units of `spectra` by s, `(*batch)` of each.
       unit: What a and b come out in, beside w.
-      damping: e in units of (tr BᵀB + tr AAᵀ) / r.
+      e: The damping of each matrix, `(N,)`, in the units of `spectra.grams`.
       gauge: One of the above.
     """
     stack = spectra.stack
     on_grad, on_factor = map(stack.join_scalars, (weights, spectra.units))
     cross = on_grad * stack.join(crosses)
-    relative = jnp.asarray(damping, cross.dtype)
     eigen = spectra.b, spectra.a
-    blocks = _blocks(gauge, stack.sizes, eigen, spectra.grams, cross, relative)
+    blocks = _blocks(gauge, stack.sizes, eigen, spectra.grams, cross, e)
     # Half of 1/s² here, half behind the skinny products: their product may overflow.
     size = blocks.shape[-2]
     halves = jnp.where(np.arange(2 * size) < size, on_grad / unit, on_factor)
@@ -105,14 +103,14 @@ def _blocks(
     eigen: tuple[Eigh, Eigh],
     grams: jax.Array,
     cross: jax.Array,
-    damping: jax.Array,
+    e: jax.Array,
 ) -> jax.Array:
     """The formula's matrices without their first factors U and V: `(N, 2, R, 2 R)`.
 
     The Grams are there for derivatives only.
     """
     del grams
-    f = _Formula.of(sizes, eigen, cross, damping)
+    f = _Formula.of(sizes, eigen, cross, e)
     corrections = _divided(f.p_b * f.z, f.z * f.p_a, gauge)
     return _side_by_side(
         eigen, f.p_b * eigen[0].vectors.mT, f.p_a.mT * eigen[1].vectors.mT, corrections
@@ -130,18 +128,15 @@ def _blocks_jvp(
 
         dP = -P (dS + de I) P      dZ solves the same for dC - dS_B Z - Z dS_A - de Z.
     """
-    eigen, grams, cross, damping = primals
-    _, d_grams, d_cross, d_damping = tangents
+    eigen, grams, cross, e = primals
+    _, d_grams, d_cross, d_e = tangents
     result = _blocks(gauge, sizes, *primals)
     eigen = not_through("A derivative of an update", eigen, grams)
-    f = _Formula.of(sizes, eigen, cross, damping)
+    f = _Formula.of(sizes, eigen, cross, e)
     (_, u), (_, v) = eigen
     turned = lambda x, y, z: matmul(matmul(x.mT, y), z)
     ds_b, ds_a = turned(u, d_grams[0], u), turned(v, d_grams[1], v)
-    trace = lambda x: jnp.trace(x, axis1=-2, axis2=-1)
-    rank = jnp.asarray(sizes, cross.dtype)
-    de = d_damping * f.mean + damping * (trace(d_grams[0]) + trace(d_grams[1])) / rank
-    de = de[:, None, None]
+    de = d_e[:, None, None]
     eye = jnp.eye(cross.shape[-1], dtype=cross.dtype)[None]
 
     d_p_b = -f.p_b * (ds_b + de * eye) * f.p_b.mT
@@ -164,7 +159,6 @@ class _Formula(NamedTuple):
       weights: 1/d.
       lost: Where a factor lacks the direction: no cross term, only rounding noise.
       z: K/d.
-      mean: (tr BᵀB + tr AAᵀ) / r, `(N,)`.
     """
 
     p_b: jax.Array
@@ -172,7 +166,6 @@ class _Formula(NamedTuple):
     weights: jax.Array
     lost: jax.Array
     z: jax.Array
-    mean: jax.Array
 
     @classmethod
     def of(
@@ -180,17 +173,16 @@ class _Formula(NamedTuple):
         sizes: np.ndarray,
         eigen: tuple[Eigh, Eigh],
         cross: jax.Array,
-        damping: jax.Array,
+        e: jax.Array,
     ) -> "_Formula":
         (lam, u), (mu, v) = eigen
-        mean = (lam.sum(-1) + mu.sum(-1)) / jnp.asarray(sizes, lam.dtype)
-        e = (damping * mean)[:, None]
+        e = e[:, None]
         p_b = damped_inverse(lam, e, sizes)[:, :, None]
         p_a = damped_inverse(mu, e, sizes)[:, None, :]
         lost = (p_b == 0) | (p_a == 0)
         k = jnp.where(lost, 0, matmul(matmul(u.mT, cross), v))
         weights = reciprocal(lam[:, :, None] + mu[:, None, :] + e[:, :, None])
-        return cls(p_b, p_a, weights, lost, k * weights, mean)
+        return cls(p_b, p_a, weights, lost, k * weights)
 
 
 def _side_by_side(

@@ -43,11 +43,15 @@ class Spectra(NamedTuple):
     a: Eigh
     grams: jax.Array
 
+    @property
+    def squares(self) -> jax.Array:
+        """‖A‖² + ‖B‖² = tr BᵀB + tr AAᵀ of each pair and layer, `(N,)`."""
+        return jnp.trace(self.grams, axis1=-2, axis2=-1).sum(0)
+
     def damping(self, relative: ArrayLike) -> jax.Array:
-        """The e = damping · (tr BᵀB + tr AAᵀ) / r of each matrix, `(N, 1)`."""
-        trace = self.b.values.sum(-1) + self.a.values.sum(-1)
-        mean = trace / jnp.asarray(self.stack.sizes, trace.dtype)
-        return (jnp.asarray(relative, trace.dtype) * mean)[:, None]
+        """The e = damping · (tr BᵀB + tr AAᵀ) / r of each matrix, `(N,)`."""
+        mean = self.squares / jnp.asarray(self.stack.sizes, self.grams.dtype)
+        return jnp.asarray(relative, mean.dtype) * mean
 
 
 def decompose(pairs: Sequence[PairArrays]) -> Spectra:
@@ -94,7 +98,7 @@ def gram_powers(
       power: p.
       damping: e in units of (tr BᵀB + tr AAᵀ) / r.
     """
-    stack, e = spectra.stack, spectra.damping(damping)
+    stack, e = spectra.stack, spectra.damping(damping)[:, None]
     known = not_through(
         "A power of a Gram matrix", (spectra.a, spectra.b), spectra.grams
     )

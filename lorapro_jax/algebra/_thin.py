@@ -51,6 +51,13 @@ def carry(pair: PairArrays, factors: Both[Factor], mean: Step) -> Step:
     return thin_gradients(pair, (old.b, mean.b), (mean.a, old.a))
 
 
+def motion(now: Both[Factor], before: Both[Factor]) -> Norm:
+    """‖B A - B⁻ A⁻‖ of each layer, for factors (A, B) and (A⁻, B⁻) of one dtype."""
+    change = now.map(lambda x, y: x.map(jnp.subtract, y), before)
+    # It is B (A - A⁻) + (B - B⁻) A⁻, where no large products cancel.
+    return norm(Both(before.a, now.b), change)
+
+
 def energies(factors: Both[Factor], step: Step) -> Both[Factor]:
     """The column and the row sums of E∘E, exactly, for E = B a + b A.
 

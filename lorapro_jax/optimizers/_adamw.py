@@ -24,7 +24,7 @@ from ._factored import FactoredAdam
 
 Moments: TypeAlias = Literal["factored", "dense"]
 
-DEFAULT_ADAM_DAMPING = 0.01
+DEFAULT_ADAM_DAMPING = 1.0
 
 ScaleByLoRAProAdamState: TypeAlias = OverPairsState
 """State of `scale_by_lorapro_adam`. Its `pairs` are `FactoredMoments` or

@@ -20,6 +20,7 @@ from ..algebra._adjust import equivalent, lora_gradients, project
 from ..algebra._coefficients import Gauge
 from ..algebra._factors import (
     Both,
+    Factor,
     PairArrays,
     Step,
     in_compute_dtype,
@@ -27,7 +28,8 @@ from ..algebra._factors import (
 from ..algebra._linalg import Norm
 from ..algebra._spectra import decompose
 from ..transforms._clip import Clip, scaled
-from ._moments import decayed, estimated, unbiased
+from ._damping import damping_by_motion
+from ._moments import copied, decayed, estimated, unbiased
 
 
 class DenseMoments(NamedTuple):
@@ -36,10 +38,12 @@ class DenseMoments(NamedTuple):
     Attributes:
       mu: M, `(*batch, *features of B, *features of A)`.
       nu: V, likewise.
+      factors: (A⁻, B⁻), those of the last step, like A and like B.
     """
 
     mu: Both[Any]
     nu: Both[Any]
+    factors: Both[Factor]
 
 
 class DenseAdam(NamedTuple):
@@ -60,11 +64,11 @@ class DenseAdam(NamedTuple):
 
     def init(self, pair: PairArrays) -> DenseMoments:
         """Moments of 0."""
-        pair = in_compute_dtype(pair)
+        wide = in_compute_dtype(pair)
         # A product, because it has the sharding too.
-        zeros = jnp.zeros_like(equivalent(pair, pair.factors))
+        zeros = jnp.zeros_like(equivalent(wide, wide.factors))
         mean = jnp.zeros_like(zeros, dtype=self.mu_dtype)
-        return DenseMoments(Both(mean, None), Both(zeros, None))
+        return DenseMoments(Both(mean, None), Both(zeros, None), copied(pair))
 
     def update(
         self,
@@ -76,24 +80,24 @@ class DenseAdam(NamedTuple):
         """As `Rule.update`."""
         spectra = decompose(pairs)
         gradients = [pair.gradients for pair in pairs]
-        steps = project(spectra, pairs, gradients, damping=self.damping)
+        before = [old.factors for old in states]
+        e = damping_by_motion(self.damping, spectra, pairs, before)
+        steps = project(spectra, pairs, gradients, e=e)
         moved = list(map(equivalent, pairs, steps))
         factor = clip.factor(
-            Norm.of(e, tuple(range(len(pair.batch), e.ndim)))
-            for pair, e in zip(pairs, moved, strict=True)
+            Norm.of(x, tuple(range(len(pair.batch), x.ndim)))
+            for pair, x in zip(pairs, moved, strict=True)
         )
 
         directions, new = [], []
-        for pair, e, old in zip(pairs, scaled(factor, moved), states, strict=True):
-            new_e = Both(e, None)
-            mu = decayed(old.mu, new_e, self.b1)
-            nu = decayed(old.nu, Both(e**2, None), self.b2)
-            mean = estimated(mu, new_e, self.b1, count, nesterov=self.nesterov)
+        for pair, x, old in zip(pairs, scaled(factor, moved), states, strict=True):
+            at_a = Both(x, None)
+            mu = decayed(old.mu, at_a, self.b1)
+            nu = decayed(old.nu, Both(x**2, None), self.b2)
+            mean = estimated(mu, at_a, self.b1, count, nesterov=self.nesterov)
             square = unbiased(nu, self.b2, count)
             d = mean.a / (jnp.sqrt(square.a) + self.eps)
             directions.append(lora_gradients(pair, d))
-            new.append(DenseMoments(mu, nu))
-        found = project(
-            spectra, pairs, directions, damping=self.damping, gauge=self.gauge
-        )
+            new.append(DenseMoments(mu, nu, copied(pair)))
+        found = project(spectra, pairs, directions, e=e, gauge=self.gauge)
         return found, new, factor

@@ -34,7 +34,8 @@ from ..algebra._sharding import replicated
 from ..algebra._spectra import decompose
 from ..algebra._thin import carry, energies, norm, thin_gradients
 from ..transforms._clip import Clip, scaled
-from ._moments import decayed, estimated, unbiased
+from ._damping import damping_by_motion
+from ._moments import copied, decayed, estimated, unbiased
 
 _LARGEST = 2.0**20
 """What E is divided by until its size is known: gradients up to the largest float32
@@ -83,7 +84,7 @@ class FactoredAdam(NamedTuple):
         return FactoredMoments(
             mu=jax.tree.map(zeros, wide),
             nu=jax.tree.map(jnp.zeros_like, wide.map(sums)),
-            factors=_copy(pair),
+            factors=copied(pair),
         )
 
     def update(
@@ -96,9 +97,9 @@ class FactoredAdam(NamedTuple):
         """As `Rule.update`."""
         spectra = decompose(pairs)
         gradients = [pair.gradients for pair in pairs]
-        steps = project_in_units(
-            spectra, pairs, gradients, damping=self.damping, largest=_LARGEST
-        )
+        old_factors = [old.factors for old in states]
+        e = damping_by_motion(self.damping, spectra, pairs, old_factors)
+        steps = project_in_units(spectra, pairs, gradients, e=e, largest=_LARGEST)
         # With factors in their units, B a + b A of these steps is E by _LARGEST.
         factors = [
             pair.factors.map(functools.partial(times, unit))
@@ -114,7 +115,7 @@ class FactoredAdam(NamedTuple):
             carry(pair, old.factors, old.mu)
             for pair, old in zip(pairs, states, strict=True)
         ]
-        means = project(spectra, pairs, carried, damping=0.0)
+        means = project(spectra, pairs, carried, e=jnp.zeros_like(e))
 
         directions, new = [], []
         for k, (pair, old) in enumerate(zip(pairs, states, strict=True)):
@@ -125,10 +126,8 @@ class FactoredAdam(NamedTuple):
             nu = decayed(old.nu, sums, self.b2)
             mean = estimated(mu, step, self.b1, count, nesterov=self.nesterov)
             directions.append(self._direction(pair, mean, nu, count))
-            new.append(FactoredMoments(mu, nu, _copy(pair)))
-        result = project(
-            spectra, pairs, directions, damping=self.damping, gauge=self.gauge
-        )
+            new.append(FactoredMoments(mu, nu, copied(pair)))
+        result = project(spectra, pairs, directions, e=e, gauge=self.gauge)
         return result, new, factor
 
     def _size(
@@ -189,9 +188,3 @@ def _by(
     # Cancellation may leave less than 0.
     clean = sums.map(lambda x: kept(size != 0, x.map(lambda y: jnp.maximum(y, 0))))
     return step, clean.map(functools.partial(times, size**2))
-
-
-def _copy(pair: PairArrays) -> Both[Factor]:
-    """The factors: without a copy, donating the parameters would delete the state."""
-    copied: Both[Factor] = jax.tree.map(jnp.copy, pair.factors)
-    return copied

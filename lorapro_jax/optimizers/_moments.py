@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from ..algebra._factors import Both, Factor, PairArrays
+
 T = TypeVar("T")
 
 
@@ -43,3 +45,9 @@ def estimated(
         return unbiased(average, decay, count)
     ahead = unbiased(average, decay, optax.safe_increment(count))
     return decayed(ahead, unbiased(new, decay, count), decay)
+
+
+def copied(pair: PairArrays) -> Both[Factor]:
+    """The factors: without a copy, donating the parameters would delete the state."""
+    result: Both[Factor] = jax.tree.map(jnp.copy, pair.factors)
+    return result

@@ -60,7 +60,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "b1": {"b1": 0.91},
     "b2": {"b2": 0.998},
     "eps": {"eps": 1e-2},
-    "damping": {"damping": 2e-4},
+    "damping": {"damping": 0.11},
     "gauge": {"gauge": "symmetric"},
     "weight decay": {"weight_decay": 1e-3},
     "norm": {"max_grad_norm": 3.0},

@@ -35,6 +35,17 @@ def relative_damping(a, b, damping):
     return damping * (np.sum(b**2) + np.sum(a**2)) / len(a)
 
 
+def damping_by_motion(a, b, before, damping):
+    """The same for e = damping · ‖B A - B⁻ A⁻‖² / (‖A‖² + ‖B‖²), as a relative one.
+
+    A hundredth of `damping` where the product has not moved.
+    """
+    square = np.sum((b @ a - before[1] @ before[0]) ** 2)
+    if square == 0:
+        return 0.01 * damping
+    return damping * square / relative_damping(a, b, np.sum(a**2) + np.sum(b**2))
+
+
 def adjust(a, b, grad_a, grad_b, scale=1.0, damping=0.0, gauge="sylvester"):
     """(JᵀJ + s²e I)⁻¹ Jᵀ G, then the gauge; JᵀG are LoRA's gradients."""
     a, b, grad_a, grad_b = (np.asarray(x, np.float64) for x in (a, b, grad_a, grad_b))

@@ -32,6 +32,7 @@ class Weight:
         self.a, self.b, self.scale = np.float64(a), np.float64(b), scale
         self.moments, self.b1, self.b2, self.eps = moments, b1, b2, eps
         self.damping, self.gauge, self.nesterov = damping, gauge, nesterov
+        self.before, self.relative = (self.a, self.b), 0.0
         self.momentum = np.zeros((len(self.b), self.a.shape[1]))
         self.energy = np.zeros_like(self.momentum)
         self.count = 0
@@ -43,8 +44,15 @@ class Weight:
         """
         if self.damping == 0:
             return oracle.projection(self.a, self.b, full)
+        self.look()
         step = self._adjust(full, "sylvester")
         return oracle.equivalent(self.a, self.b, *step, self.scale)
+
+    def look(self):
+        """Sets the damping of this step, in units of the Grams, from the last motion."""
+        here = self.a, self.b
+        self.relative = oracle.damping_by_motion(*here, self.before, self.damping)
+        self.before = here
 
     def direction(self, e):
         """The step (a, b) for the equivalent gradient E, which may be clipped."""
@@ -80,7 +88,7 @@ class Weight:
 
     def _adjust(self, full, gauge):
         grads = oracle.lora_gradients(self.a, self.b, full, self.scale)
-        args = self.a, self.b, *grads, self.scale, self.damping, gauge
+        args = self.a, self.b, *grads, self.scale, self.relative, gauge
         return oracle.adjust(*args)
 
 

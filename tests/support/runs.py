@@ -31,8 +31,8 @@ class Start(NamedTuple):
 
 
 STARTS = {
-    "B = 0, little damping": Start(1e-4, 0.0),
-    "B = 0, more damping": Start(1e-2, 0.0),
+    "B = 0, little damping": Start(0.1, 0.0),
+    "B = 0, more damping": Start(3.0, 0.0),
     "B ≠ 0, undamped": Start(0.0, 0.5),
 }
 TREE = {  # ranks 1 to 4, six layouts, a scale each, and the sizes of the letters

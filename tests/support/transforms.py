@@ -20,6 +20,8 @@ from tests.support.trees import others, with_others
 ADAM = {"b1": 0.8, "b2": 0.95, "eps": 1e-2}
 SCALE = {"scale": 1.5}
 LORAPRO = {"damping": 0.01} | SCALE
+# Of factors that stay where they are, this is the same damping.
+BY_MOTION = {"damping": 1.0} | SCALE
 DESCENT = {"learning_rate": 0.02, "weight_decay": 0.1}
 
 Tree = Any
@@ -95,13 +97,15 @@ def adam(moments: str) -> Oracle:
         # Only Jᵀ G is known of G. It is all that E depends on.
         weight = oracle_adamw.Weight(
             np.zeros((1, 1)), np.zeros((1, 1)), LORAPRO["scale"], moments=moments,
-            damping=LORAPRO["damping"], **ADAM,
+            damping=BY_MOTION["damping"], **ADAM,
         )  # fmt: skip
 
         def step(a, b, grad_a, grad_b):
             if not weight.count:
                 weight.a, weight.b = a, b
                 weight.momentum = weight.energy = np.zeros((len(b), a.shape[1]))
+                weight.before = a, b
+                weight.look()
             tangent = oracle.adjust(a, b, grad_a, grad_b, **LORAPRO)
             e = oracle.equivalent(a, b, *tangent, LORAPRO["scale"])
             return weight.direction(e)
@@ -164,17 +168,17 @@ TRANSFORMS = {
         adjusted_then_adamw, True,
     ),
     "scale_by_lorapro_adam": Row(
-        scale_by_lorapro_adam, ADAM | LORAPRO, adam("factored")
+        scale_by_lorapro_adam, ADAM | BY_MOTION, adam("factored")
     ),
     "scale_by_lorapro_adam, dense": Row(
-        functools.partial(scale_by_lorapro_adam, **_dense), ADAM | LORAPRO,
+        functools.partial(scale_by_lorapro_adam, **_dense), ADAM | BY_MOTION,
         adam("dense"),
     ),
     "lorapro_adamw": Row(
-        lorapro_adamw, DESCENT | ADAM | LORAPRO, descent(adam("factored")), True
+        lorapro_adamw, DESCENT | ADAM | BY_MOTION, descent(adam("factored")), True
     ),
     "lorapro_adamw, dense": Row(
-        functools.partial(lorapro_adamw, **_dense), DESCENT | ADAM | LORAPRO,
+        functools.partial(lorapro_adamw, **_dense), DESCENT | ADAM | BY_MOTION,
         descent(adam("dense")), True,
     ),
     "lora_rite": Row(  # `masked` shows it a part of the tree, with another norm
