@@ -124,7 +124,8 @@ def lora_rite(
     Adam whose second moment is r×r and whose moments turn with the bases. Leaves that
     are no factor get plain AdamW. Unlike `optax.adamw`, it does not decay by default.
 
-    State: that of AdamW on A and B, and some r×r; two `eigh`s of r×r matrices a step.
+    The state is that of AdamW on A and B and some r×r matrices. A step calls `eigh`
+    twice: for all Gram matrices, and for all second moments.
 
     From the authors' algorithm and their public code are the order of the two moments
     (the first is of preconditioned gradients), the averages with bias correction, the
@@ -160,8 +161,8 @@ def lora_rite(
         `optax.inject_hyperparams`, name a function in `static_args`.
       escape_mass: Whether what the second moment loses as a basis turns away from it,
         the largest difference of its eigenvalues, is added to all of them. True is
-        the paper's algorithm; in the authors' code it is an option that is off. A
-        third matrix for each factor in the second `eigh`.
+        the paper's algorithm; in the authors' code it is an option that is off. It
+        costs one more matrix for each factor in the second `eigh`.
       max_grad_norm: Clips the unmagnified gradients and the gradients of other leaves
         by their common norm. It is the only guard against a single large gradient,
         which would otherwise stay in the second moments for some 1/(1 - b2) steps. A

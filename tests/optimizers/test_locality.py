@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from lorapro_jax import lorapro, scale_by_lora_rite, scale_by_lorapro_adam
+from lorapro_jax.algebra._linalg import Norm
 from lorapro_jax.transforms import _groups
+from lorapro_jax.transforms._clip import Clip
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -156,6 +158,14 @@ def test_where_the_square_of_the_norm_overflows_the_norm_is_still_the_bound(
     expected, want = update(grads, tx.init(params), params)
     assert_same(step, expected)
     assert_same(state.pairs.nu, want.pairs.nu)
+
+
+def test_a_norm_above_the_largest_number_still_clips():
+    """Of a unit above 2^126, XLA's reciprocal would be 0, and so the norm."""
+    norms = lambda unit: [Norm(unit, jnp.float32(1.5)).times(2.0**20)]
+    factor = jax.jit(lambda unit: Clip(1.0, {}).factor(norms(unit)))
+    assert 0 <= factor(jnp.float32(2.0**110)) < 1e-37
+    np.testing.assert_allclose(factor(jnp.float32(2.0**80)), 2.0**-100 / 1.5, rtol=1e-6)
 
 
 def test_complex_leaves_are_clipped_by_their_absolute_values():

@@ -9,7 +9,7 @@ import pytest
 from jax import export
 from jax.sharding import AxisType
 
-from lorapro_jax import lorapro, lorapro_adamw, scale_by_lorapro_adam
+from lorapro_jax import lora_rite, lorapro, lorapro_adamw, scale_by_lorapro_adam
 from tests.support.meshes import LAYOUTS, put, random_tree
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -19,6 +19,7 @@ TRANSFORMS = {
     "scale_by_lorapro_adam": scale_by_lorapro_adam,
     "lorapro_adamw": lambda: lorapro_adamw(1e-3, weight_decay=0.1, max_grad_norm=1.0),
     "lorapro_adamw, dense": lambda: lorapro_adamw(1e-3, moments="dense"),
+    "lora_rite": lambda: lora_rite(1e-3, weight_decay=0.1),
 }
 
 
