@@ -133,7 +133,7 @@ def test_dense_state_holds_the_moments_of_the_weight(start):
 
     rest = iter(weights)
     for pair, sizes in TREE.items():
-        at = dict(zip(("mu", "nu"), map(leaves_by_path, state.pairs), strict=True))
+        at = dict(zip(("mu", "nu"), map(leaves_by_path, state.pairs[:2]), strict=True))
         for moment in at.values():
             assert pair.b not in moment
         letters = [c for c in pair.b_axes + pair.a_axes if c.islower() and c != "r"]
@@ -152,7 +152,7 @@ def test_dense_state_holds_the_moments_of_the_weight(start):
 @pytest.mark.parametrize("moments", MOMENTS)
 def test_decay_and_clipping_equal_the_simulation(moments):
     """λ = 0.2 on the product, and a bound that some of the norms exceed."""
-    options = {"weight_decay": 0.2, "max_grad_norm": 8.0}
+    options = {"weight_decay": 0.2, "max_grad_norm": 4.0}
     start = STARTS["B = 0, more damping"]
 
     params, _ = trained(SMALL, start, moments, **options)
