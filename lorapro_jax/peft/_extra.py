@@ -1,0 +1,156 @@
+"""What a file has beside the factors: trained biases, heads, whole layers.
+
+PEFT loads every weight that it finds in a file. It saves biases by `bias`, and the
+layers of `modules_to_save`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._checks import close_to, compiled
+from ..algebra._axes import Shape
+from ..pairs._leaves import index_leaves
+from ._keys import PREFIX
+from ._templates import Index, fill_in, is_name, places_of
+
+
+class Extra(NamedTuple):
+    """A leaf that is no factor, and its weights in PyTorch.
+
+    Attributes:
+      path: The path of the leaf.
+      shape: Its shape.
+      names: The parameter in PyTorch for each position on its leading axes; those of
+        one layer by `()`.
+    """
+
+    path: str
+    shape: Shape
+    names: Mapping[Index, str]
+
+    @property
+    def inner(self) -> Shape:
+        """The shape for one name."""
+        return self.shape[len(next(iter(self.names))) :]
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is Flax's or Keras's, with its outputs last."""
+        return self.path.rpartition("/")[2] == "kernel"
+
+
+def find_extra(
+    tree: Any, spec: Mapping[str, str] | None, factors: Iterable[str]
+) -> list[Extra]:
+    """The leaves that `extra=` names.
+
+    Args:
+      tree: The tree.
+      spec: `{regex: template}` on the whole path of a leaf; `{}` in the template
+        stands for the position on a leading axis.
+      factors: The paths of the factors, which are none of these.
+
+    Raises:
+      ValueError: A regex without a leaf, a name that cannot be, or that two have.
+      TypeError: The option is no mapping.
+    """
+    if spec is None:
+        return []
+    if not isinstance(spec, Mapping):
+        raise TypeError(f"`extra={spec!r}` has to be `{{regex: template}}`.")
+    leaves = index_leaves(tree)
+    others = [path for path in leaves if path not in set(factors)]
+    patterns = {x: compiled(x, "extra") for x in spec}
+    for given, pattern in patterns.items():
+        if not any(map(pattern.fullmatch, others)):
+            raise ValueError(
+                f"The pattern {given!r} of `extra=` matches the whole path of no leaf "
+                f"beside the factors. {close_to(given, others)} Pass a tree with it, "
+                "correct the pattern, or take it out."
+            )
+    found: list[Extra] = []
+    owners: dict[str, str] = {}
+    for path in others:
+        for given, pattern in patterns.items():
+            if match := pattern.fullmatch(path):
+                shape = tuple(np.shape(leaves[path].value))
+                names = _names(path, shape, spec[given], match)
+                _check_names(path, names, owners)
+                found.append(Extra(path, shape, names))
+                break
+    return found
+
+
+def to_torch(x: np.ndarray, extra: Extra, *, conv: bool) -> np.ndarray:
+    """One weight as PyTorch has it: kernels with their outputs first, biases flat."""
+    if not extra.is_kernel:
+        return x.ravel() if extra.path.endswith("bias") else x
+    if x.ndim != 2 and not conv:
+        raise ValueError(
+            f"`{extra.path}` is a kernel of shape {x.shape}. `extra=` takes (in, out), "
+            "and (*window, in, out) where `conv=` says that it is a convolution: "
+            "reshape it first."
+        )
+    return np.moveaxis(x, (-1, -2), (0, 1))
+
+
+def from_torch(x: np.ndarray, extra: Extra) -> np.ndarray:
+    """The inverse of `to_torch`."""
+    return np.moveaxis(x, (0, 1), (-1, -2)) if extra.is_kernel else x
+
+
+def torch_shape(extra: Extra) -> Shape:
+    """The shape of one weight in PyTorch."""
+    inner = extra.inner
+    if extra.is_kernel:
+        return (*reversed(inner[-2:]), *inner[:-2])
+    return (int(np.prod(inner)),) if extra.path.endswith("bias") else inner
+
+
+def extra_key(name: str, adapted: Iterable[str]) -> str:
+    """What a file calls a weight: PEFT moves those of a layer with factors."""
+    module, _, last = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{last}" if module in adapted else PREFIX + name
+
+
+def beside_config(names: Iterable[str], adapted: Iterable[str]) -> dict[str, Any]:
+    """The entries `bias` and `modules_to_save` of the configuration."""
+    split = [(x, *x.rpartition(".")[::2]) for x in names]
+    kept = {module for _, module, last in split if last != "bias"} - set(adapted)
+    biases = {module for _, module, last in split if last == "bias"} - kept
+    kind = "none"
+    if biases:
+        kind = "lora_only" if biases <= set(adapted) else "all"
+    return {"bias": kind, "modules_to_save": sorted(kept) or None}
+
+
+def _names(path: str, shape: Shape, template: Any, match: Any) -> dict[Index, str]:
+    depth = len(places_of(template)) if isinstance(template, str) else 0
+    try:
+        if depth > len(shape):
+            raise ValueError(f"has {depth} places for the {len(shape)} axes of it.")
+        return {
+            index: fill_in(template, match, index)
+            for index in np.ndindex(*shape[:depth])
+        }
+    except ValueError as error:
+        raise ValueError(
+            f"The name {template!r} that `extra=` has for `{path}` {error}"
+        ) from None
+
+
+def _check_names(path: str, names: Mapping[Index, str], owners: dict[str, str]) -> None:
+    for name in names.values():
+        if not is_name(name) or "." not in name:
+            raise ValueError(
+                f"`{path}` would have the PyTorch name {name!r}. Give it that of a "
+                "parameter with `extra=`, such as 'classifier.weight'."
+            )
+        if name in owners:
+            raise ValueError(
+                f"`{path}` and `{owners[name]}` would have the same PyTorch name, "
+                f"{name!r}. Give each its own with `extra=`."
+            )
+        owners[name] = path
