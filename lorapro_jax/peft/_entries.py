@@ -152,10 +152,10 @@ def _wrong_rank(source: Source, target: Target, index: Index) -> list[str]:
         tensors = [source.adapter.tensors[source.pair(x)[at]] for x in names]
         if not all(np.array_equal(tensors[0], x) for x in tensors[1:]):
             rank = sum(ranks)
-            factor = "AB"[side]
+            total = " + ".join(map(str, ranks))
             why = (
-                f"{list(names)} have {factor}s that differ in the file, so that as "
-                f"one pair they have the sum of their ranks, {rank}"
+                f"{list(names)} have an {'AB'[side]} each in the file, so that as one "
+                f"pair they have rank {total} = {rank}"
             )
     return [] if rank == target.pair.rank else [f"{why}, here {target.pair.rank}"]
 

@@ -67,6 +67,8 @@ class Problems:
                 "Plain factors would lose what is more: merge the adapter into its "
                 "model with PEFT, and take the weights."
             )
+        if self.ranks:
+            hints.append("Make the tree with the ranks of the file.")
         return hints
 
 
