@@ -168,9 +168,10 @@ def _at_one_scale(
     b = times(layer.b, scales / scale)
     if b is layer.b:
         return layer, scale
-    narrow = b.astype(layer.b.dtype)
-    if narrow.dtype.itemsize < 4 and not np.array_equal(narrow, b):
-        narrow = b.astype(np.float32)
+    with np.errstate(over="ignore"):
+        narrow = b.astype(layer.b.dtype)
+        if narrow.dtype.itemsize < 4 and not np.array_equal(narrow, b):
+            narrow = b.astype(np.float32)
     return layer._replace(b=_finite(target.pair.b, narrow)), scale
 
 

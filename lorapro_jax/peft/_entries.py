@@ -194,5 +194,5 @@ def _bad_array(
         yield (f"`{key}` has shape {found.shape}, but {allowed[0]} is due for `{path}`")
     elif not jnp.issubdtype(found.dtype, jnp.floating):
         yield f"`{key}` has dtype {found.dtype}, which is no real floating point"
-    elif not np.isfinite(found.astype(np.float32)).all():
+    elif not np.isfinite(found).all():
         yield f"`{key}` has entries that are not finite"

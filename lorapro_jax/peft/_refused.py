@@ -4,10 +4,11 @@ What an option does decides. PEFT has a field for each variant of LoRA that is o
 it is false, empty or null, and lower-cases names of initialisers.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from .._checks import is_real_scalar
 
@@ -48,6 +49,7 @@ _HARMLESS = frozenset(
 # How factors may start without a change of W0; and how W0 changes, on loading too.
 _STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -144,11 +146,13 @@ def _check_rank(name: str, value: Any) -> None:
 
 def _check_alpha(name: str, value: Any) -> None:
     try:
-        good = is_real_scalar(value) and math.isfinite(value)
+        good = is_real_scalar(value) and abs(float(value)) <= _LARGEST
     except OverflowError:  # an integer beyond the floats
         good = False
     if not good:
-        raise ValueError(f"its `{name}` is {_shown(value)}, no finite number")
+        raise ValueError(
+            f"its `{name}` is {_shown(value)}, no finite number that float32 can hold"
+        )
 
 
 def _shown(value: Any) -> str:
