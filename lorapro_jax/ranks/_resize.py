@@ -78,10 +78,11 @@ def resize_adapters(
       key: A key of `jax.random`, needed where a rank rises. Each pair has its own,
         from its path.
       state: The state of an Optax chain with `lorapro_adamw`, with factored or dense
-        moments. These are moments of W, and stay those: M becomes its projection on the
-        tangent space of the new factors, which is M itself at a higher rank, and V's
-        sums are what they were. No other optimizer's moments of factors have a
-        meaning at another rank.
+        moments. These are moments of W, and stay those: of M remains what the new
+        factors can express, which at a higher rank is all that the old ones could, and
+        V's sums are what they were. No other optimizer's moments of factors have a
+        meaning at another rank. In NNX pass `optimizer.opt_state`, and assign the
+        result to that of the new optimizer.
       scale: See `lorapro`; what the forward pass multiplies by, before and after.
       alpha: See `lorapro`; the same before and after.
       rslora: See `lorapro`.

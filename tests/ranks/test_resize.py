@@ -14,7 +14,13 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorapro_jax import LoRAPair, RankTable, find_pairs, resize_adapters
+from lorapro_jax import (
+    LoRAPair,
+    RankTable,
+    find_pairs,
+    lorapro_adamw,
+    resize_adapters,
+)
 from lorapro_jax.ranks._table import RankRow
 from tests.support import oracle
 from tests.support.layers import (
@@ -374,21 +380,30 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("rank", [2, 6])
+@pytest.mark.parametrize(("rank", "kind"), [(2, AxisType.Explicit), (6, AxisType.Auto)])
 def test_shardings_stay_and_values_are_those_of_one_device(rank, kind):
+    """Those of the parameters, and of the state that comes along."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind,) * 2)
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-    params = jax.tree.map(place, small(), SPECS)
+    tx, params = lorapro_adamw(0.1), jax.tree.map(place, small(), SPECS)
+    resize = lambda params, state: resize_adapters(
+        params, rank, key=KEY, state=with_moments(state)
+    )
     with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
-        result = resize_adapters(params, rank, key=KEY)
-    due = resize_adapters(small(), rank, key=KEY)
+        state = tx.init(params)
+        result = resize(params, state)
+    due = resize(small(), tx.init(small()))
     same = lambda x, y: np.testing.assert_allclose(x, y, atol=TOLERANCE)
     jax.tree.map(same, result, due)
-    kept = lambda x, spec: x.sharding.is_equivalent_to(
-        NamedSharding(mesh, spec), x.ndim
-    )
-    assert jax.tree.all(jax.tree.map(kept, result.params, SPECS))
+    kept = lambda x, old: x.sharding.is_equivalent_to(old.sharding, x.ndim)
+    assert jax.tree.all(jax.tree.map(kept, result.params, params))
+    assert jax.tree.all(jax.tree.map(kept, result.state, state))
+
+
+def with_moments(state):
+    """Factors in place of zeros, so that there is something to carry."""
+    adam, *rest = state
+    return adam._replace(pairs=adam.pairs._replace(mu=adam.pairs.factors)), *rest
 
 
 def test_a_rank_that_a_mesh_cannot_divide_is_an_error():
