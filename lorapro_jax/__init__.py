@@ -18,6 +18,7 @@ Starts and ranks:
     initialize_model       the same on an NNX model, in place
     estimate_gradients     the mean gradient of the base weights, for such methods
     allocate_ranks         more rank where weights and gradients are large
+    resize_adapters        factors of other ranks, and the optimizer's state with them
 
 Diagnostics:
     equivalent_gradient    what a step on the factors does to the weight
@@ -47,6 +48,7 @@ from .pairs._axes import LoRAPair
 from .pairs._describe import describe_pairs
 from .pairs._find import find_pairs
 from .ranks._allocate import allocate_ranks
+from .ranks._resize import Resized, resize_adapters
 from .ranks._table import RankTable
 from .transforms._rounding import stochastic_rounding
 from .weights._estimate import estimate_gradients
@@ -54,6 +56,7 @@ from .weights._estimate import estimate_gradients
 __all__ = [
     "LoRAPair",
     "RankTable",
+    "Resized",
     "ScaleByLoRAProAdamState",
     "allocate_ranks",
     "describe_pairs",
@@ -64,6 +67,7 @@ __all__ = [
     "initialize_model",
     "lorapro",
     "lorapro_adamw",
+    "resize_adapters",
     "scale_by_lorapro_adam",
     "stochastic_rounding",
 ]

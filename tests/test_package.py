@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[1]
 FUNCTIONS = {
     "allocate_ranks", "describe_pairs", "equivalent_gradient", "estimate_gradients",
     "find_pairs", "initialize_adapters", "initialize_model", "lorapro",
-    "lorapro_adamw", "scale_by_lorapro_adam", "stochastic_rounding",
+    "lorapro_adamw", "resize_adapters", "scale_by_lorapro_adam",
+    "stochastic_rounding",
 }  # fmt: skip
-CLASSES = {"LoRAPair", "RankTable", "ScaleByLoRAProAdamState"}
+CLASSES = {"LoRAPair", "RankTable", "Resized", "ScaleByLoRAProAdamState"}
 MODULES = {"diagnostics", "initializers", "keras", "peft"}
 
 
