@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,7 @@ from ._files import Adapter
 from ._keys import PREFIX, Keys, find_keys
 from ._matrices import Layer, from_tensors, join_shared, tensor_shapes, times
 from ._problems import Problems
+from ._resized import resize_layers
 from ._targets import Target
 from ._templates import Index
 
@@ -46,6 +47,8 @@ def check_entries(
     targets: Sequence[Target],
     extras: Sequence[Extra],
     ignored: re.Pattern[str] | None,
+    *,
+    resize: bool,
 ) -> None:
     """Raises ValueError that lists what is not the same in file and tree.
 
@@ -54,6 +57,7 @@ def check_entries(
       targets: The pairs of the tree that the entries are for.
       extras: The other leaves that they are for.
       ignored: A regex for the entries that may lack a place in the tree.
+      resize: Whether layers may have other ranks than in the tree.
     """
     tensors, problems = source.adapter.tensors, Problems()
     due: set[str] = set()
@@ -67,7 +71,8 @@ def check_entries(
                 continue
             wrong = [x for name in names for x in _differences(source, target, name)]
             problems.wrong += wrong
-            problems.ranks += [] if wrong else _wrong_rank(source, target, index)
+            if not (wrong or resize):
+                problems.ranks += _wrong_rank(source, target, index)
     for extra in extras:
         keys = [source.keys.others.get(x, PREFIX + x) for x in extra.names.values()]
         due.update(keys)
@@ -91,7 +96,7 @@ def read_factors(source: Source, target: Target) -> list[np.ndarray]:
     """A and B in the axes of the tree.
 
     Each layer takes up the ratio of the file's scale to its own, so that the product
-    s B A is the file's.
+    s B A is the file's, or the closest one of the tree's rank.
     """
     layers = {
         index: _read_layer(source, target, index) for index in target.naming.modules
@@ -125,14 +130,13 @@ def _read_layer(source: Source, target: Target, index: Index) -> list[Layer]:
                 f"{source.numbers(name).scale:.6g}"
             )
         layers.append(layer._replace(**{"ab"[side]: scaled}))
-    return _joined(target, layers)
+    joined = _joined(target, layers, side)
+    rank = cast(int, target.pair.rank)
+    return resize_layers(joined, side, rank, target.naming.modules[index][0])
 
 
-def _joined(target: Target, layers: Sequence[Layer]) -> list[Layer]:
+def _joined(target: Target, layers: Sequence[Layer], side: int) -> list[Layer]:
     """The same with one factor for all of them."""
-    if target.split is None:
-        return list(layers)
-    side = target.split.side
     axis = 0 if target.experts is None else 1
     shared, pieces = join_shared(
         [layer[1 - side] for layer in layers], [layer[side] for layer in layers], axis

@@ -38,6 +38,7 @@ def load_peft_adapter(
     target_parameters: Sequence[str] | None = None,
     extra: Mapping[str, str] | None = None,
     adapter: str | None = None,
+    resize: bool = False,
     ignore: str | None = None,
 ) -> Tree:
     """Reads an adapter of Hugging Face PEFT into a tree.
@@ -65,12 +66,16 @@ def load_peft_adapter(
       stack_axis: See `lorapro`.
       module_names: See `save_peft_adapter`. Where one pair is several modules whose
         shared factors differ in the file (k_proj and v_proj that were trained with an A
-        each), it is exact in a tree that has the sum of their ranks.
+        each), it is exact in a tree that has the sum of their ranks, and as close as
+        can be with `resize=True`.
       target_parameters: See `save_peft_adapter`.
       extra: See `save_peft_adapter`: the leaves that get the file's biases, heads and
         other weights (`modules_to_save`).
       adapter: Which adapter to read, where the file has several: the name in its keys,
         as `default` of `lora_A.default.weight`.
+      resize: Whether layers of another rank than the tree's are brought to it: the
+        closest product of a lower rank, or the product itself, with new directions that
+        have a B of 0. `resize_adapters` does the same, and tells what is lost.
       ignore: A regex, searched in the keys of the file: entries without a place in
         the tree that are left out, factors too. What was trained there is then lost;
         the copy of an embedding that PEFT saves as `base_layer` is only that.
@@ -112,7 +117,7 @@ def load_peft_adapter(
         named = [x for t in targets if t.naming.is_parameter for x in t.names]
         wrappers = wrapping_modules(named, parameters, adapted)
         source = Source(found, keys, wrappers)
-        check_entries(source, targets, extras, ignored)
+        check_entries(source, targets, extras, ignored, resize=resize)
         return _filled(template, source, targets, extras)
     except ValueError as error:
         raise ValueError(f"`{os.fspath(path)}` cannot be loaded: {error}") from None

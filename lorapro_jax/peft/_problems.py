@@ -68,7 +68,10 @@ class Problems:
                 "model with PEFT, and take the weights."
             )
         if self.ranks:
-            hints.append("Make the tree with the ranks of the file.")
+            hints.append(
+                "Make the tree with the ranks of the file, or pass `resize=True` for "
+                "the closest adapter of the tree's."
+            )
         return hints
 
 
