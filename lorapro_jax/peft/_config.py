@@ -7,7 +7,7 @@ Modules that differ from the rest have entries in `rank_pattern` and `alpha_patt
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ._refused import check_config, check_targets
@@ -89,15 +89,21 @@ def peft_config(
         check_config(config)
     except ValueError as error:
         raise ValueError(f"`config` would make another adapter: {error}.") from None
-    check_targets(config, found["target_modules"])
+    check_targets(extra, found["target_modules"])
     return config
 
 
-def module_numbers(config: Mapping[str, Any], name: str) -> Numbers:
-    """The rank, and the s of W0 + s B A, that a configuration gives to a module."""
-    rank = int(_look_up(config.get("rank_pattern"), name, config["r"]))
-    alpha = _look_up(config.get("alpha_pattern"), name, config["lora_alpha"])
-    return Numbers(rank, float(alpha) / _divisor(rank, bool(config.get("use_rslora"))))
+def numbers_by(config: Mapping[str, Any]) -> Callable[[str], Numbers]:
+    """The rank, and the s of W0 + s B A, that a configuration gives to each module."""
+    rslora = bool(config.get("use_rslora"))
+    rank_of = _look_up(config.get("rank_pattern"), config["r"])
+    alpha_of = _look_up(config.get("alpha_pattern"), config["lora_alpha"])
+
+    def find(name: str) -> Numbers:
+        rank = int(rank_of(name))
+        return Numbers(rank, float(alpha_of(name)) / _divisor(rank, rslora))
+
+    return find
 
 
 def most_common(values: Iterable[Any]) -> Any:
@@ -109,15 +115,30 @@ def _divisor(rank: int, rslora: bool) -> float:
     return math.sqrt(rank) if rslora else rank
 
 
-def _look_up(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The entry for a module, as PEFT's `get_pattern_key` finds it.
+def _look_up(pattern: Mapping[str, Any] | None, default: Any) -> Callable[[str], Any]:
+    """The entry for each module, as PEFT's `get_pattern_key` finds it.
 
-    A key is a regex for the end of the module's name.
+    A key is a regex for the end of the module's name, and the first that fits counts.
+    Those for one name, of which there may be thousands, are looked up.
     """
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    entries = list((pattern or {}).items())
+    exact: dict[str, tuple[int, Any]] = {}
+    regexes: list[tuple[int, re.Pattern[str], Any]] = []
+    for place, (key, value) in enumerate(entries):
+        name = re.sub(r"\\(.)", r"\1", key.removeprefix("^"))
+        if key == _pattern_for(name):
+            exact.setdefault(name, (place, value))
+        else:
+            regexes.append((place, re.compile(rf"(.*\.)?({key})$"), value))
+
+    def find(name: str) -> Any:
+        place, value = exact.get(name, (len(entries), default))
+        for other, regex, entry in regexes:
+            if other < place and regex.match(name):
+                return entry
+        return value
+
+    return find
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -126,10 +147,12 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     They begin with `^`, because `q` is also the end of `block.q`.
     """
     return {
-        f"^{re.escape(name)}": value
-        for name, value in values.items()
-        if value != default
+        _pattern_for(name): value for name, value in values.items() if value != default
     }
+
+
+def _pattern_for(name: str) -> str:
+    return f"^{re.escape(name)}"
 
 
 def _tidy(alpha: float) -> float:

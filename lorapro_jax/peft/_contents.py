@@ -16,7 +16,6 @@ from ._names import is_embedding, layer_path
 from ._original import append_initial
 from ._parameters import Parameters, wrapping_modules
 from ._targets import Target
-from ._templates import Index
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -132,7 +131,8 @@ def _entries(
 ) -> Iterator[_Entry]:
     """The modules of one pair."""
     at_a, _ = target.pair.factor_axes
-    is_conv = kinds.is_conv(layer_path(target.pair))
+    is_parameter = target.naming.is_parameter
+    is_conv = not is_parameter and kinds.is_conv(layer_path(target.pair))
     window = len(at_a.features(len(target.shapes[0]))) - 1 if is_conv else 0
     stack = len(target.stack)
     for path, _ in sides(target.pair):
@@ -150,20 +150,20 @@ def _entries(
     if common:
         pieces = [[pad_rank(x, common.rank, stack) for x in both] for both in pieces]
     for part, (a, b) in enumerate(pieces):
-        for index, names in target.naming.modules.items():
+        for index, scales in target.scales.items():
             layer, scale = _at_one_scale(
-                target, index, Layer(a[index], b[index]), common
+                target.pair.b, Layer(a[index], b[index]), scales, common
             )
             if target.naming.swapped:
                 layer = Layer(layer.b, layer.a)
-            yield _Entry(names[part], layer, Numbers(layer.rank, scale))
+            name = target.naming.modules[index][part]
+            yield _Entry(name, layer, Numbers(layer.rank, scale))
 
 
 def _at_one_scale(
-    target: Target, index: Index, layer: Layer, common: Numbers | None
+    path: str, layer: Layer, scales: np.ndarray, common: Numbers | None
 ) -> tuple[Layer, float]:
     """A layer whose experts have one scale, and that scale."""
-    scales = target.scales[index]
     scale = common.scale if common else most_common(map(float, scales.flat))
     b = times(layer.b, scales / scale)
     if b is layer.b:
@@ -172,7 +172,7 @@ def _at_one_scale(
         narrow = b.astype(layer.b.dtype)
         if narrow.dtype.itemsize < 4 and not np.array_equal(narrow, b):
             narrow = b.astype(np.float32)
-    return layer._replace(b=_finite(target.pair.b, narrow)), scale
+    return layer._replace(b=_finite(path, narrow)), scale
 
 
 def _finite(path: str, x: np.ndarray) -> np.ndarray:

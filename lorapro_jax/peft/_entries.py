@@ -1,7 +1,7 @@
 """The entries of a PEFT file that the leaves of a tree get: checked and read."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 
 from ..algebra._axes import Shape
 from ._arrays import feature_shapes
-from ._config import Numbers, module_numbers
+from ._config import Numbers
 from ._extra import Extra, from_torch, torch_shape
 from ._files import Adapter
 from ._keys import PREFIX, Keys, find_keys
@@ -27,19 +27,17 @@ class Source(NamedTuple):
       adapter: What the folder holds.
       keys: What its keys mean.
       wrappers: What the file calls the module of a parameter.
+      numbers: The rank and scale of a module or parameter by the configuration.
     """
 
     adapter: Adapter
     keys: Keys
-    wrappers: dict[str, str]
+    wrappers: Mapping[str, str]
+    numbers: Callable[[str], Numbers]
 
     def pair(self, name: str) -> tuple[str, str]:
         """The keys of A and B of a module or parameter."""
         return find_keys(self.keys, self.wrappers.get(name, name))
-
-    def numbers(self, name: str) -> Numbers:
-        """Its rank and scale by the configuration."""
-        return module_numbers(self.adapter.config, name)
 
 
 def check_entries(
@@ -99,7 +97,8 @@ def read_factors(source: Source, target: Target) -> list[np.ndarray]:
     s B A is the file's, or the closest one of the tree's rank.
     """
     layers = {
-        index: _read_layer(source, target, index) for index in target.naming.modules
+        index: _read_layer(source, target, index, scale)
+        for index, scale in target.scales.items()
     }
     return target.put(layers)
 
@@ -113,7 +112,9 @@ def read_extra(source: Source, extra: Extra) -> np.ndarray:
     return np.stack(found).reshape(extra.shape)
 
 
-def _read_layer(source: Source, target: Target, index: Index) -> list[Layer]:
+def _read_layer(
+    source: Source, target: Target, index: Index, scale: np.ndarray
+) -> list[Layer]:
     """One layer of a pair, for each of the modules that lie side by side."""
     side = target.split.side if target.split else 1
     layers = []
@@ -122,12 +123,11 @@ def _read_layer(source: Source, target: Target, index: Index) -> list[Layer]:
         layer = from_tensors(a, b, target.experts)
         if target.naming.swapped:
             layer = Layer(layer.b, layer.a)
-        ratio = source.numbers(name).scale / target.scales[index]
-        scaled = times(layer[side], ratio)
+        found = source.numbers(name).scale
+        scaled = times(layer[side], found / scale)
         if not np.isfinite(scaled).all():
             raise ValueError(
-                f"`{name}` overflows: the configuration gives it the scale "
-                f"{source.numbers(name).scale:.6g}"
+                f"`{name}` overflows: the configuration gives it the scale {found:.6g}"
             )
         layers.append(layer._replace(**{"ab"[side]: scaled}))
     joined = _joined(target, layers, side)

@@ -7,11 +7,12 @@ layers of `modules_to_save`.
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from .._checks import close_to, compiled
 from ..algebra._axes import Shape
-from ..pairs._leaves import index_leaves
+from ..pairs._leaves import Leaf, index_leaves
 from ._keys import PREFIX
 from ._templates import Index, fill_in, is_name, places_of
 
@@ -60,8 +61,8 @@ def find_extra(
         return []
     if not isinstance(spec, Mapping):
         raise TypeError(f"`extra={spec!r}` has to be `{{regex: template}}`.")
-    leaves = index_leaves(tree)
-    others = [path for path in leaves if path not in set(factors)]
+    leaves, taken = index_leaves(tree), set(factors)
+    others = [path for path in leaves if path not in taken]
     patterns = {x: compiled(x, "extra") for x in spec}
     for given, pattern in patterns.items():
         if not any(map(pattern.fullmatch, others)):
@@ -75,7 +76,7 @@ def find_extra(
     for path in others:
         for given, pattern in patterns.items():
             if match := pattern.fullmatch(path):
-                shape = tuple(np.shape(leaves[path].value))
+                shape = _floating(path, leaves[path])
                 names = _names(path, shape, spec[given], match)
                 _check_names(path, names, owners)
                 found.append(Extra(path, shape, names))
@@ -124,6 +125,16 @@ def beside_config(names: Iterable[str], adapted: Iterable[str]) -> dict[str, Any
     if biases:
         kind = "lora_only" if biases <= set(adapted) else "all"
     return {"bias": kind, "modules_to_save": sorted(kept) or None}
+
+
+def _floating(path: str, leaf: Leaf) -> Shape:
+    """The shape of a leaf that PyTorch can train."""
+    if not jnp.issubdtype(leaf.value.dtype, jnp.floating):
+        raise ValueError(
+            f"`{path}` of `extra=` has dtype {leaf.value.dtype}, which is no real "
+            "floating point. Leave it out of the pattern."
+        )
+    return leaf.shape
 
 
 def _names(path: str, shape: Shape, template: Any, match: Any) -> dict[Index, str]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._config import Numbers, module_numbers
+from ._config import Numbers, numbers_by
 from ._tensors import read_tensors, safetensors_package
 
 WEIGHTS = "adapter_model.safetensors"
@@ -62,7 +62,7 @@ def write_adapter(
     """
     save_file = safetensors_package().numpy.save_file
     weights = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    numbers = {name: module_numbers(config, name) for name in names}
+    numbers = dict(zip(names, map(numbers_by(config), names), strict=True))
     # Readers in PyTorch refuse a file that does not say for whom it is.
     metadata = {"format": "pt", _NUMBERS: json.dumps(numbers)}
     save_weights = lambda name: save_file(weights, name, metadata=metadata)
@@ -109,8 +109,9 @@ def read_adapter(path: Path) -> Adapter:
 
 def check_numbers(adapter: Adapter) -> None:
     """Raises ValueError where the configuration is not that of the weights."""
+    find = numbers_by(adapter.config)
     for name, written in adapter.numbers.items():
-        found = module_numbers(adapter.config, name)
+        found = find(name)
         if found.rank != written.rank or not math.isclose(
             found.scale, written.scale, rel_tol=1e-9
         ):

@@ -13,6 +13,7 @@ from .._placement import from_host
 from ..pairs._find import PairsSpec
 from ..pairs._leaves import index_leaves
 from ..pairs._scale import ScaleSpec
+from ._config import numbers_by
 from ._entries import Source, check_entries, read_extra, read_factors
 from ._extra import Extra, find_extra
 from ._files import check_numbers, read_adapter
@@ -116,7 +117,7 @@ def load_peft_adapter(
         adapted = found.config.get("target_parameters") or []
         named = [x for t in targets if t.naming.is_parameter for x in t.names]
         wrappers = wrapping_modules(named, parameters, adapted)
-        source = Source(found, keys, wrappers)
+        source = Source(found, keys, wrappers, numbers_by(found.config))
         check_entries(source, targets, extras, ignored, resize=resize)
         return _filled(template, source, targets, extras)
     except ValueError as error:

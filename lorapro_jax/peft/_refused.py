@@ -82,7 +82,7 @@ def check_targets(config: Mapping[str, Any], modules: Sequence[str]) -> None:
     """Raises ValueError where PEFT would leave out a module of the file.
 
     Args:
-      config: The configuration.
+      config: What the user has in it.
       modules: The modules that the file has factors of; no parameters.
     """
     for option in ("layers_to_transform", "layers_pattern"):
@@ -91,10 +91,10 @@ def check_targets(config: Mapping[str, Any], modules: Sequence[str]) -> None:
                 f"`config` has `{option}`, which chooses layers; these follow from the "
                 "factors. Leave it out."
             )
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     for name in modules:
-        if not _is_among(config["target_modules"], name) or (
-            config.get("exclude_modules")
-            and _is_among(config["exclude_modules"], name, everything=False)
+        if (targets is not None and not _is_among(targets, name)) or (
+            excluded and _is_among(excluded, name, everything=False)
         ):
             raise ValueError(
                 f"`target_modules` and `exclude_modules` of `config` leave out "

@@ -280,3 +280,9 @@ def test_a_start_that_changed_the_weights_has_one_rank_too(tmp_path):
     got = as_vllm_reads(tmp_path, "q.mlp.up")
     a, b = tree["q"]["mlp"]["up"].values()
     np.testing.assert_allclose(got, 2.0 * 0.75 * (a @ b).T, rtol=1e-5, atol=1e-6)
+
+
+def test_an_integer_leaf_is_no_weight(tmp_path):
+    tree = {**pair_tree(), "step": {"count": jnp.zeros((), jnp.int32)}}
+    with pytest.raises(ValueError, match=r"`step/count` of `extra=` has dtype int32"):
+        save_peft_adapter(tmp_path / "x", tree, extra={"step/count": "x.y"})

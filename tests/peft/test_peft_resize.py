@@ -107,7 +107,6 @@ def test_modules_with_an_a_each_are_as_close_as_one_pair_can_be(rank, tmp_path):
 
 def test_convolutions_and_experts_are_resized_layer_by_layer(tmp_path):
     conv = tree_of("conv/kernel_lora_{}", "xwcr", "rf")
-    conv = {"conv": {k: x for k, x in conv["conv"].items()}}
     save_peft_adapter(tmp_path / "conv", conv, conv="conv")
     small = {"conv": {
         "kernel_lora_a": jnp.zeros((2, 3, 4, 1)), "kernel_lora_b": jnp.zeros((1, 5))
