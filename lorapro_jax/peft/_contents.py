@@ -1,15 +1,16 @@
 """What a PEFT file gets: tensors by their keys, ranks and scales by their modules."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from .._checks import compiled
 from ._arrays import sides
 from ._config import Numbers, most_common
-from ._extra import Extra, extra_key, to_torch
+from ._extra import Extra, beside_config, extra_key, to_torch
 from ._keys import file_keys
 from ._matrices import Layer, pad_rank, times, to_tensors
 from ._names import is_embedding, layer_path
@@ -56,13 +57,13 @@ class Contents(NamedTuple):
       tensors: The arrays by their keys.
       modules: The rank and the scale of each module or parameter.
       parameters: Those among them that are parameters.
-      extra_names: The parameters in PyTorch that are saved beside the factors.
+      beside: What the configuration says of weights beside the factors.
     """
 
     tensors: dict[str, np.ndarray]
     modules: dict[str, Numbers]
     parameters: list[str]
-    extra_names: list[str]
+    beside: dict[str, Any]
 
 
 class _Entry(NamedTuple):
@@ -95,7 +96,9 @@ def collect(
       uniform: Whether all modules get one rank and one scale.
     """
     named = [x for t in targets if t.naming.is_parameter for x in t.names]
-    found = Contents({}, {}, named, [x for e in extras for x in e.names.values()])
+    wrapped = Counter(x.rpartition(".")[0] for x in named)
+    wrapped.update(x for t in targets if not t.naming.is_parameter for x in t.names)
+    found = Contents({}, {}, named, beside_config(extras, wrapped))
     common = _common(targets, before is not None) if uniform else None
     wrappers = wrapping_modules(named, parameters, named)
     for target in targets:
@@ -111,7 +114,7 @@ def collect(
         conv = kinds.is_conv(extra.path.rpartition("/")[0])
         for index, name in extra.names.items():
             weight = to_torch(x[index], extra, conv=conv)
-            found.tensors[extra_key(name, found.modules)] = weight
+            found.tensors[extra_key(name, wrapped)] = weight
     return found
 
 
@@ -172,14 +175,19 @@ def _at_one_scale(
         narrow = b.astype(layer.b.dtype)
         if narrow.dtype.itemsize < 4 and not np.array_equal(narrow, b):
             narrow = b.astype(np.float32)
-    return layer._replace(b=_finite(path, narrow)), scale
+    if not np.isfinite(narrow).all():
+        raise ValueError(
+            f"`{path}` overflows at the scale {scale:.6g}, which `uniform=True` or the "
+            "most of its experts have: their scales are too far apart for one."
+        )
+    return layer._replace(b=narrow), scale
 
 
 def _finite(path: str, x: np.ndarray) -> np.ndarray:
     """`x`, if all of it is finite."""
     if not np.isfinite(x).all():
         raise ValueError(
-            f"`{path}` has entries that are not finite, or are not in the dtype and at "
-            "the scale of the file. Such an adapter cannot be loaded."
+            f"`{path}` has entries that are not finite. Such an adapter could not be "
+            "loaded."
         )
     return x

@@ -183,7 +183,7 @@ def _differences(source: Source, target: Target, name: str) -> Iterator[str]:
     for key, allowed, path in zip(
         keys,
         tensor_shapes(rank, of_a, of_b, target.experts),
-        target.pair.paths,
+        target.pair.paths[:: -1 if target.naming.swapped else 1],
         strict=True,
     ):
         found = source.adapter.tensors[key]

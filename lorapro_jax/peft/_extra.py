@@ -4,7 +4,8 @@ PEFT loads every weight that it finds in a file. It saves biases by `bias`, and 
 layers of `modules_to_save`.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -40,6 +41,11 @@ class Extra(NamedTuple):
     def is_kernel(self) -> bool:
         """Whether it is Flax's or Keras's, with its outputs last."""
         return self.path.rpartition("/")[2] == "kernel"
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is a layer's, perhaps with an axis of heads."""
+        return self.path.rpartition("/")[2] == "bias"
 
 
 def find_extra(
@@ -87,7 +93,7 @@ def find_extra(
 def to_torch(x: np.ndarray, extra: Extra, *, conv: bool) -> np.ndarray:
     """One weight as PyTorch has it: kernels with their outputs first, biases flat."""
     if not extra.is_kernel:
-        return x.ravel() if extra.path.endswith("bias") else x
+        return x.ravel() if extra.is_bias else x
     if x.ndim != 2 and not conv:
         raise ValueError(
             f"`{extra.path}` is a kernel of shape {x.shape}. `extra=` takes (in, out), "
@@ -107,23 +113,30 @@ def torch_shape(extra: Extra) -> Shape:
     inner = extra.inner
     if extra.is_kernel:
         return (*reversed(inner[-2:]), *inner[:-2])
-    return (int(np.prod(inner)),) if extra.path.endswith("bias") else inner
+    return (math.prod(inner),) if extra.is_bias else inner
 
 
-def extra_key(name: str, adapted: Iterable[str]) -> str:
-    """What a file calls a weight: PEFT moves those of a layer with factors."""
+def extra_key(name: str, wrapped: Mapping[str, int]) -> str:
+    """What a file calls a weight: PEFT wraps the layers with factors.
+
+    Args:
+      name: The parameter in PyTorch.
+      wrapped: How often PEFT wraps each of these modules.
+    """
     module, _, last = name.rpartition(".")
-    return f"{PREFIX}{module}.base_layer.{last}" if module in adapted else PREFIX + name
+    return f"{PREFIX}{module}{'.base_layer' * wrapped.get(module, 0)}.{last}"
 
 
-def beside_config(names: Iterable[str], adapted: Iterable[str]) -> dict[str, Any]:
+def beside_config(
+    extras: Sequence[Extra], wrapped: Mapping[str, int]
+) -> dict[str, Any]:
     """The entries `bias` and `modules_to_save` of the configuration."""
-    split = [(x, *x.rpartition(".")[::2]) for x in names]
-    kept = {module for _, module, last in split if last != "bias"} - set(adapted)
-    biases = {module for _, module, last in split if last == "bias"} - kept
+    names = [x.rpartition(".")[::2] for e in extras for x in e.names.values()]
+    kept = {module for module, last in names if last != "bias"} - wrapped.keys()
+    biases = {module for module, last in names if last == "bias"} - kept
     kind = "none"
     if biases:
-        kind = "lora_only" if biases <= set(adapted) else "all"
+        kind = "lora_only" if biases <= wrapped.keys() else "all"
     return {"bias": kind, "modules_to_save": sorted(kept) or None}
 
 

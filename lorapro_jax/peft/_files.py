@@ -4,6 +4,7 @@ The weights' metadata has the rank and the scale of every module as well, becaus
 files take their places one after the other.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -154,7 +155,8 @@ def _write_beside(path: Path, write: Callable[[Path], Any]) -> Path:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what saves that were killed have left."""
+    """Removes what saves that were killed have left, where that is allowed."""
     for file in path.iterdir():
         if _LEFTOVER.fullmatch(file.name):
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                file.unlink()

@@ -14,6 +14,7 @@ _FACTOR = re.compile(r"(?:(.+)\.)?(lora_(?:embedding_)?[AB])(?:\.(.+))?")
 _LORA = re.compile(r"(?:(.+?)\.)?(lora_\w+)(?:\.(.+))?")
 # Around a model: distributed data parallelism, and `torch.compile`.
 _AROUND = re.compile(rf"^(?:module\.|_orig_mod\.)+(?={re.escape(PREFIX)})")
+_WRAPPED = re.compile(r"(?:\.base_layer)+\.")
 _SAVED = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)")
 
 
@@ -102,7 +103,7 @@ def _parse(key: str) -> _Entry:
         is_factor = match[2] in (*_PLAIN, *_EMBEDDING) and last != "bias"
         return _Entry(match[1] or "", match[2], ".".join(parts) or None, is_factor)
     saved = _SAVED.search(path)
-    name = _SAVED.sub("", path).replace(".base_layer.", ".")
+    name = _WRAPPED.sub(".", _SAVED.sub("", path))
     return _Entry(name, adapter=saved[1] if saved else None)
 
 

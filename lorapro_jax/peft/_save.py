@@ -14,7 +14,7 @@ from ..pairs._scale import ScaleSpec
 from ._arrays import on_host
 from ._config import peft_config
 from ._contents import Kinds, collect
-from ._extra import beside_config, find_extra
+from ._extra import find_extra
 from ._files import write_adapter
 from ._model import ModelSpec, check_names
 from ._names import NamesSpec
@@ -94,7 +94,7 @@ def save_peft_adapter(
         parameter in PyTorch, such as `{"head/kernel": "score.weight"}`; `{}` stands for
         the position on a leading axis. A leaf called `kernel` is `(in, out)`, or
         `(*window, in, out)` for a layer of `conv`, and goes out as PyTorch has it;
-        biases go out flat, all else as it is. They are `bias` and `modules_to_save` of
+        one called `bias` goes out flat, all else as it is. They are `bias` and `modules_to_save` of
         the configuration: PEFT wants every weight of a module that is saved so.
       initial: The tree right after `initialize_adapters`, if the method changed the
         base weights (LoRA-GA, PiSSA, OLoRA). Without it, the file is for the changed
@@ -170,7 +170,7 @@ def save_peft_adapter(
         contents.modules,
         rslora=rslora,
         parameters=contents.parameters,
-        beside=beside_config(contents.extra_names, names),
+        beside=contents.beside,
         extra=config or {},
     )
     try:

@@ -1,4 +1,4 @@
-"""The arrays of a safetensors file in NumPy, those of 8 bits too."""
+"""The arrays of a safetensors file in NumPy, those of 8 bits as float32."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         for name, raw in safetensors.deserialize(path.read_bytes()):
             if raw["dtype"] in _NARROW:
                 dtype = np.dtype(_NARROW[raw["dtype"]])
-                tensors[name] = np.frombuffer(raw["data"], dtype).reshape(raw["shape"])
+                x = np.frombuffer(raw["data"], dtype).reshape(raw["shape"])
+                tensors[name] = x.astype(np.float32)
     return tensors, metadata
 
 

@@ -230,3 +230,19 @@ def test_a_file_without_the_parameter_is_an_error(tmp_path):
     written_by_another(tmp_path)
     with pytest.raises(ValueError, match=r"`target_parameters` \[\] have no `mlp\.up`"):
         load_peft_adapter(tmp_path, pair_tree(), target_parameters=["up"])
+
+
+def test_a_weight_beside_wrapped_parameters_is_inside_of_the_wrappers(tmp_path):
+    tree = {x: tree_of("lora_{}", "Edr", "Erf") for x in ("up", "down")}
+    tree["up"]["up_bias"] = jnp.ones((3, 5))
+    options = {
+        "module_names": {"(.*)": r"x.\1"}, "stack_axis": 0,
+        "target_parameters": ("up", "down"), "extra": {"up/up_bias": "x.up_bias"},
+    }  # fmt: skip
+    save_peft_adapter(tmp_path, tree, **options)
+    tensors, config = read(tmp_path)
+    inside = tensors["base_model.model.x.base_layer.base_layer.up_bias"]
+    assert inside.shape == (3, 5)
+    assert (config["bias"], config["modules_to_save"]) == ("none", None)
+    back = load_peft_adapter(tmp_path, jax.tree.map(jnp.zeros_like, tree), **options)
+    np.testing.assert_array_equal(back["up"]["up_bias"], np.ones((3, 5)))
