@@ -142,10 +142,11 @@ def beside_config(
 
 def _floating(path: str, leaf: Leaf) -> Shape:
     """The shape of a leaf that PyTorch can train."""
-    if not jnp.issubdtype(leaf.value.dtype, jnp.floating):
+    dtype = getattr(leaf.value, "dtype", np.dtype(object))
+    if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"`{path}` of `extra=` has dtype {leaf.value.dtype}, which is no real "
-            "floating point. Leave it out of the pattern."
+            f"`{path}` of `extra=` has dtype {dtype}, which is no real floating point. "
+            "Leave it out of the pattern."
         )
     return leaf.shape
 

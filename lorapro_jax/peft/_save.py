@@ -94,8 +94,9 @@ def save_peft_adapter(
         parameter in PyTorch, such as `{"head/kernel": "score.weight"}`; `{}` stands for
         the position on a leading axis. A leaf called `kernel` is `(in, out)`, or
         `(*window, in, out)` for a layer of `conv`, and goes out as PyTorch has it;
-        one called `bias` goes out flat, all else as it is. They are `bias` and `modules_to_save` of
-        the configuration: PEFT wants every weight of a module that is saved so.
+        one called `bias` goes out flat, all else as it is. They are `bias` and
+        `modules_to_save` of the configuration: PEFT wants every weight of a module
+        that is saved so.
       initial: The tree right after `initialize_adapters`, if the method changed the
         base weights (LoRA-GA, PiSSA, OLoRA). Without it, the file is for the changed
         weights, to be saved too. With it, for the original ones: it holds [B, -B0] and

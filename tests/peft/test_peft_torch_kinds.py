@@ -155,6 +155,12 @@ def test_a_file_of_one_rank_and_scale_gives_the_same_outputs(tmp_path):
     _, config = read(tmp_path)
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert (config["r"], config["lora_alpha"]) == (16, 19.2)
+    wide = jax.eval_shape(lambda: tiny_llama.adapters(dict.fromkeys(ranks, 16), seed=0))
+    names = {"module_names": tiny_llama.MODULES}
+    of_layers = {f"/{name}/": scale for name, scale in scales.items()}
+    back = load_peft_adapter(tmp_path, wide, scale=of_layers, **names)
+    again = jax.jit(tiny_llama.logits)(weights, back, scales, TEXT)
+    assert distance(np.asarray(again), want) < AGAIN
 
 
 HEAD = {
