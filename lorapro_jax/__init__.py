@@ -20,6 +20,7 @@ Starts and ranks:
     initialize_model       the same on an NNX model, in place
     estimate_gradients     the mean gradient of the base weights, for such methods
     allocate_ranks         more rank where weights and gradients are large
+    resize_adapters        factors of other ranks, and the optimizer's state with them
 
 Diagnostics:
     equivalent_gradient    what a step on the factors does to the weight
@@ -50,6 +51,7 @@ from .pairs._axes import LoRAPair
 from .pairs._describe import describe_pairs
 from .pairs._find import find_pairs
 from .ranks._allocate import allocate_ranks
+from .ranks._resize import Resized, resize_adapters
 from .ranks._table import RankTable
 from .transforms._rounding import stochastic_rounding
 from .weights._estimate import estimate_gradients
@@ -57,6 +59,7 @@ from .weights._estimate import estimate_gradients
 __all__ = [
     "LoRAPair",
     "RankTable",
+    "Resized",
     "ScaleByLoRAProAdamState",
     "ScaleByLoRARiteState",
     "allocate_ranks",
@@ -69,6 +72,7 @@ __all__ = [
     "lora_rite",
     "lorapro",
     "lorapro_adamw",
+    "resize_adapters",
     "scale_by_lora_rite",
     "scale_by_lorapro_adam",
     "stochastic_rounding",

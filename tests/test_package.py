@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[1]
 FUNCTIONS = {
     "allocate_ranks", "describe_pairs", "equivalent_gradient", "estimate_gradients",
     "find_pairs", "initialize_adapters", "initialize_model", "lora_rite", "lorapro",
-    "lorapro_adamw", "scale_by_lora_rite", "scale_by_lorapro_adam",
+    "lorapro_adamw", "resize_adapters", "scale_by_lora_rite", "scale_by_lorapro_adam",
     "stochastic_rounding",
 }  # fmt: skip
 CLASSES = {
-    "LoRAPair", "RankTable", "ScaleByLoRAProAdamState", "ScaleByLoRARiteState",
+    "LoRAPair", "RankTable", "Resized", "ScaleByLoRAProAdamState",
+    "ScaleByLoRARiteState",
 }  # fmt: skip
 MODULES = {"diagnostics", "initializers", "keras", "peft"}
 

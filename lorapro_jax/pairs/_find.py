@@ -65,12 +65,7 @@ def find_pairs(
                a_batch_axes=(), b_batch_axes=(), scale=2.0, rank=4, wrt='both')
     """
     check_scale_options(scale, alpha, rslora)
-    check_stack_axis(stack_axis)
-    leaves = index_leaves(tree)
-    if pairs is None:
-        found = _read_named(tree, leaves, stack_axis)
-    else:
-        found = _read_explicit(tree, leaves, as_spec(pairs), stack_axis)
+    found = read_pairs(tree, pairs, stack_axis)
     if found:
         paths = [path for pair in found for path in pair.paths]
         masked = masked_paths(tree)  # a module too, of which no more is known
@@ -78,11 +73,32 @@ def find_pairs(
         check_patterns("scale", scale, paths)
         check_patterns("alpha", alpha, paths)
 
+    leaves = index_leaves(tree)
+
     def complete(pair: LoRAPair) -> LoRAPair:
         batch = tuple(leaves[pair.a].shape[axis] for axis in pair.a_batch_axes)
         return pair._replace(scale=resolve_scale(pair, batch, scale, alpha, rslora))
 
     return tuple(map(complete, found))
+
+
+def read_pairs(
+    tree: Any,
+    pairs: PairsSpec | None = None,
+    stack_axis: int | Sequence[int] | None = None,
+) -> list[LoRAPair]:
+    """The pairs with their axes and ranks; a scale only where its pair is given one.
+
+    Args:
+      tree: See `find_pairs`, as for what follows, and for the errors.
+      pairs: Explicit pairs instead of those found by name.
+      stack_axis: The axes along which layers are stacked.
+    """
+    check_stack_axis(stack_axis)
+    leaves = index_leaves(tree)
+    if pairs is None:
+        return _read_named(tree, leaves, stack_axis)
+    return _read_explicit(tree, leaves, as_spec(pairs), stack_axis)
 
 
 def as_spec(pairs: Any) -> PairsSpec:

@@ -5,6 +5,7 @@
 writes `adapter_model.safetensors` and `adapter_config.json`, which
 `peft.PeftModel.from_pretrained(torch_model, "adapter")`, transformers and vLLM load;
 `load_peft_adapter` reads what they wrote. Both need the extra `lorapro_jax[peft]`.
+vLLM needs `uniform=True` where ranks or scales differ.
 Where the initialiser changed the base weights, as PiSSA does, the adapter is for the
 changed ones; `initial=` makes it one for the original weights.
 """

@@ -1,4 +1,4 @@
-"""The scales of a PEFT adapter: `adapter_config.json`.
+"""The ranks and scales of a PEFT adapter: `adapter_config.json`.
 
 PEFT multiplies by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
 Modules that differ from the rest have entries in `rank_pattern` and `alpha_pattern`.
@@ -7,11 +7,10 @@ Modules that differ from the rest have entries in `rank_pattern` and `alpha_patt
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from .._checks import is_real_scalar
-from ..pairs._axes import LoRAPair
+from ._refused import check_config, check_targets
 
 # What PEFT writes for an adapter that is LoRA and nothing else.
 _FIXED = {
@@ -26,113 +25,120 @@ _FIXED = {
     "modules_to_save": None,
 }
 
-# These say what is computed, so they follow from the pairs and are not the user's.
-_WORKED_OUT = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+# These say what is computed, so they follow from the tree and are not the user's.
+_WORKED_OUT = {
+    "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias",
+    "modules_to_save", "target_parameters",
+}  # fmt: skip
 
-# Options with which PEFT computes something else than W0 + s B A.
-_NOT_LORA = (
-    "use_dora",
-    "use_bdlora",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-)
-# Initialisers that change W0, also when an adapter is loaded.
-_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+class Numbers(NamedTuple):
+    """What the configuration says of one module: its rank and its scale s."""
+
+    rank: int
+    scale: float
 
 
 def peft_config(
-    layers: Mapping[str, LoRAPair], *, rslora: bool, extra: Mapping[str, Any]
+    modules: Mapping[str, Numbers],
+    *,
+    rslora: bool,
+    parameters: Sequence[str],
+    beside: Mapping[str, Any],
+    extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The configuration of an adapter, from the pair of each module.
+    """The configuration of an adapter.
 
     Args:
-      layers: The pair of each module, with the module's own scale, by PyTorch's name
-        of the module.
+      modules: The rank and scale of each module or parameter, by PyTorch's name.
       rslora: Whether PEFT is to divide alpha by the square root of the rank.
+      parameters: Those among the names that are parameters.
+      beside: `bias` and `modules_to_save`, for what the file has beside the factors.
       extra: More entries, as the user gave them.
 
     Raises:
-      ValueError: `extra` has an entry that follows from the pairs.
+      ValueError: `extra` has an entry that follows from the tree, or one with which
+        the adapter would be more than factors, or less.
     """
-    if both := sorted(_WORKED_OUT & extra.keys()):
-        raise ValueError(
-            f"`config` has {both}, which follow from the factors and from `alpha=`, "
-            "`scale=` and `rslora=`. Change those instead."
-        )
-    ranks = {name: cast(int, pair.rank) for name, pair in layers.items()}
+    ranks = {name: x.rank for name, x in modules.items()}
     alphas = {
-        name: _tidy(float(cast(float, pair.scale)) * _divisor(ranks[name], rslora))
-        for name, pair in layers.items()
+        name: _tidy(x.scale * _divisor(x.rank, rslora)) for name, x in modules.items()
     }
-    rank, alpha = _most_common(ranks), _most_common(alphas)
-    return {
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
+    found = {
         **_FIXED,
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": rslora,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks.keys() - set(parameters)),
         "rank_pattern": _pattern(ranks, rank),
         "alpha_pattern": _pattern(alphas, alpha),
-        **extra,
+        **beside,
     }
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for an adapter that is more than pairs of factors."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"its `peft_type` is {kind!r}, not 'LORA'")
-    for option in _NOT_LORA:
-        if config.get(option):
-            raise ValueError(
-                f"it uses `{option}`, which plain factors cannot do; merge it into "
-                "its model with PEFT, and take the weights"
-            )
-    init = str(config.get("init_lora_weights", True))
-    if init.startswith(_CHANGE_BASE):
+    if parameters:  # PEFT before 0.17 does not know it
+        found["target_parameters"] = sorted(parameters)
+    both = [x for x in sorted(_WORKED_OUT & extra.keys()) if extra[x] != found.get(x)]
+    if both:
         raise ValueError(
-            f"its `init_lora_weights` is {init!r}, with which PEFT changes the base "
-            "weights; convert it there: `save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)`"
+            f"`config` has {both}, which follow from the factors and from `alpha=`, "
+            "`scale=`, `rslora=`, `extra=` and `target_parameters=`. Change those "
+            "instead."
         )
-    patterns = [config.get(f"{name}_pattern") or {} for name in ("rank", "alpha")]
-    if not all(isinstance(pattern, Mapping) for pattern in patterns):
-        raise ValueError("its `rank_pattern` or `alpha_pattern` is no mapping")
-    numbers = {"r": config.get("r"), "lora_alpha": config.get("lora_alpha")}
-    for name, number in (numbers | patterns[0] | patterns[1]).items():
-        if not (is_real_scalar(number) and math.isfinite(number)):
-            raise ValueError(f"its `{name}` is {number!r}, no finite number")
+    config = found | dict(extra)
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise ValueError(f"`config` would make another adapter: {error}.") from None
+    check_targets(extra, found["target_modules"])
+    return config
 
 
-def module_rank(config: Mapping[str, Any], name: str) -> int:
-    """The rank that a configuration gives to a module."""
-    return int(_look_up(config.get("rank_pattern"), name, config["r"]))
-
-
-def module_scale(config: Mapping[str, Any], name: str) -> float:
-    """The scale s of W0 + s B A that a configuration gives to a module."""
-    alpha = _look_up(config.get("alpha_pattern"), name, config["lora_alpha"])
+def numbers_by(config: Mapping[str, Any]) -> Callable[[str], Numbers]:
+    """The rank, and the s of W0 + s B A, that a configuration gives to each module."""
     rslora = bool(config.get("use_rslora"))
-    return float(alpha) / _divisor(module_rank(config, name), rslora)
+    rank_of = _look_up(config.get("rank_pattern"), config["r"])
+    alpha_of = _look_up(config.get("alpha_pattern"), config["lora_alpha"])
+
+    def find(name: str) -> Numbers:
+        rank = int(rank_of(name))
+        return Numbers(rank, float(alpha_of(name)) / _divisor(rank, rslora))
+
+    return find
+
+
+def most_common(values: Iterable[Any]) -> Any:
+    """The value that occurs most often, the first of several."""
+    return Counter(values).most_common(1)[0][0]
 
 
 def _divisor(rank: int, rslora: bool) -> float:
     return math.sqrt(rank) if rslora else rank
 
 
-def _look_up(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The entry for a module, as PEFT's `get_pattern_key` finds it.
+def _look_up(pattern: Mapping[str, Any] | None, default: Any) -> Callable[[str], Any]:
+    """The entry for each module, as PEFT's `get_pattern_key` finds it.
 
-    A key is a regex for the end of the module's name.
+    A key is a regex for the end of the module's name, and the first that fits counts.
+    Those for one name, of which there may be thousands, are looked up.
     """
-    for key, value in (pattern or {}).items():
-        try:
-            matches = re.match(rf"(.*\.)?({key})$", name)
-        except re.error as error:
-            raise ValueError(f"its pattern {key!r} is no regex: {error}") from None
-        if matches:
-            return value
-    return default
+    entries = list((pattern or {}).items())
+    exact: dict[str, tuple[int, Any]] = {}
+    regexes: list[tuple[int, re.Pattern[str], Any]] = []
+    for place, (key, value) in enumerate(entries):
+        name = re.sub(r"\\(.)", r"\1", key.removeprefix("^"))
+        if key == _pattern_for(name):
+            exact.setdefault(name, (place, value))
+        else:
+            regexes.append((place, re.compile(rf"(.*\.)?({key})$"), value))
+
+    def find(name: str) -> Any:
+        place, value = exact.get(name, (len(entries), default))
+        for other, regex, entry in regexes:
+            if other < place and regex.match(name):
+                return entry
+        return value
+
+    return find
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -141,17 +147,15 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     They begin with `^`, because `q` is also the end of `block.q`.
     """
     return {
-        f"^{re.escape(name)}": value
-        for name, value in values.items()
-        if value != default
+        _pattern_for(name): value for name, value in values.items() if value != default
     }
+
+
+def _pattern_for(name: str) -> str:
+    return f"^{re.escape(name)}"
 
 
 def _tidy(alpha: float) -> float:
     """A whole number where alpha is one up to rounding: 16, not 16.000000000000004."""
     nearest = round(alpha)
     return nearest if math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
-
-
-def _most_common(values: Mapping[str, Any]) -> Any:
-    return Counter(values.values()).most_common(1)[0][0]

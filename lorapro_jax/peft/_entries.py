@@ -1,115 +1,202 @@
-"""The entries of a PEFT file that the pairs of a tree get: checked and read."""
+"""The entries of a PEFT file that the leaves of a tree get: checked and read."""
 
-import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
 
-from ._arrays import from_peft, peft_shapes, sides
-from ._config import module_rank, module_scale
+from ..algebra._axes import Shape
+from ._arrays import feature_shapes
+from ._config import Numbers
+from ._extra import Extra, from_torch, torch_shape
 from ._files import Adapter
-from ._names import file_keys, is_factor_key
+from ._keys import PREFIX, Keys, find_keys
+from ._matrices import Layer, from_tensors, join_shared, tensor_shapes, times
+from ._problems import Problems
+from ._resized import resize_layers
 from ._targets import Target
+from ._templates import Index
 
-_SHOWN = 4  # problems of a kind in one message
+
+class Source(NamedTuple):
+    """A file, and where the modules of a tree are in it.
+
+    Attributes:
+      adapter: What the folder holds.
+      keys: What its keys mean.
+      wrappers: What the file calls the module of a parameter.
+      numbers: The rank and scale of a module or parameter by the configuration.
+    """
+
+    adapter: Adapter
+    keys: Keys
+    wrappers: Mapping[str, str]
+    numbers: Callable[[str], Numbers]
+
+    def pair(self, name: str) -> tuple[str, str]:
+        """The keys of A and B of a module or parameter."""
+        return find_keys(self.keys, self.wrappers.get(name, name))
 
 
 def check_entries(
-    adapter: Adapter, targets: Sequence[Target], ignored: re.Pattern[str] | None
+    source: Source,
+    targets: Sequence[Target],
+    extras: Sequence[Extra],
+    ignored: re.Pattern[str] | None,
+    *,
+    resize: bool,
 ) -> None:
     """Raises ValueError that lists what is not the same in file and tree.
 
     Args:
-      adapter: What the folder of the adapter holds.
+      source: The file.
       targets: The pairs of the tree that the entries are for.
+      extras: The other leaves that they are for.
       ignored: A regex for the entries that may lack a place in the tree.
+      resize: Whether layers may have other ranks than in the tree.
     """
-    missing: list[str] = []
-    wrong: list[str] = []
+    tensors, problems = source.adapter.tensors, Problems()
     due: set[str] = set()
     for target in targets:
-        for name in target.names.values():
-            keys = _keys(adapter, name)
+        for index, names in target.naming.modules.items():
+            keys = [key for name in names for key in source.pair(name)]
             due.update(keys)
-            lacking = [key for key in keys if key not in adapter.tensors]
-            missing += [f"missing in the file: `{key}`" for key in lacking]
-            if not lacking:
-                wrong += _differences(adapter, target, name)
-    others = sorted(
-        key
-        for key in adapter.tensors.keys() - due
-        if ignored is None or not ignored.search(key)
-    )
-    extra = [f"in the file, not in the tree: `{key}`" for key in others]
-    problems = [_first(x) for x in (missing, extra, wrong) if x]
-    if problems:
-        hints = ["`module_names=` says what PyTorch calls a layer"]
-        if not all(is_factor_key(key) for key in others):
-            hints.append("`ignore=` leaves out entries that are no factors")
-        raise ValueError(
-            f"adapter and tree differ: {'; '.join(problems)}. {', '.join(hints)}."
-        )
+            lacking = [key for key in keys if key not in tensors]
+            problems.missing += lacking
+            if lacking:
+                continue
+            wrong = [x for name in names for x in _differences(source, target, name)]
+            problems.wrong += wrong
+            if not (wrong or resize):
+                problems.ranks += _wrong_rank(source, target, index)
+    for extra in extras:
+        keys = [source.keys.others.get(x, PREFIX + x) for x in extra.names.values()]
+        due.update(keys)
+        problems.missing += [key for key in keys if key not in tensors]
+        for key in (key for key in keys if key in tensors):
+            shapes = [torch_shape(extra)]
+            problems.wrong += _bad_array(key, tensors[key], shapes, extra.path)
+    modules = {source.wrappers.get(x, x) for target in targets for x in target.names}
+    factors = set(source.keys.factors.values())
+    for key in sorted(source.keys.own - due):
+        if source.keys.beside.get(key) in modules:
+            problems.beside.append(key)
+        elif not (ignored and ignored.search(key)):
+            kind = problems.factors if key in factors else problems.weights
+            kind.append(key)
+    adapted = source.adapter.config.get("target_parameters")
+    problems.check([] if source.wrappers else adapted or [])
 
 
-def read_factors(adapter: Adapter, target: Target) -> tuple[np.ndarray, np.ndarray]:
+def read_factors(source: Source, target: Target) -> list[np.ndarray]:
     """A and B in the axes of the tree.
 
-    Each layer of B takes up the ratio of the file's scale to its own, so that the
-    product s B A is the file's.
+    Each layer takes up the ratio of the file's scale to its own, so that the product
+    s B A is the file's, or the closest one of the tree's rank.
     """
-    scales = target.scales
-    layers_a, layers_b = [], []
-    for index, name in target.names.items():
-        key_a, key_b = _keys(adapter, name)
-        layers_a.append(adapter.tensors[key_a])
-        ratio = module_scale(adapter.config, name) / scales[index]
-        layers_b.append(_times(adapter.tensors[key_b], ratio))
-    at_a, at_b = target.pair.factor_axes
-    as_stack = lambda x: np.stack(x).reshape(*target.stack, *x[0].shape)
-    return (
-        from_peft(as_stack(layers_a), target.a, at_a, is_a=True),
-        from_peft(as_stack(layers_b), target.b, at_b, is_a=False),
-    )
+    layers = {
+        index: _read_layer(source, target, index, scale)
+        for index, scale in target.scales.items()
+    }
+    return target.put(layers)
 
 
-def _keys(adapter: Adapter, name: str) -> tuple[str, str]:
-    """The keys of a module's A and B: those of an embedding, if the file has them."""
-    embedding = file_keys(name, embedding=True)
-    if any(key in adapter.tensors for key in embedding):
-        return embedding
-    return file_keys(name, embedding=False)
+def read_extra(source: Source, extra: Extra) -> np.ndarray:
+    """A leaf that is no factor, in the axes of the tree."""
+    found = [
+        from_torch(source.adapter.tensors[source.keys.others[name]], extra)
+        for name in extra.names.values()
+    ]
+    return np.stack(found).reshape(extra.shape)
 
 
-def _differences(adapter: Adapter, target: Target, name: str) -> Iterator[str]:
-    """What is wrong with one layer that is in the file."""
-    pair = target.pair
-    wanted = module_rank(adapter.config, name)
-    if wanted != pair.rank:
-        yield f"`{name}` has rank {wanted} in the configuration, here {pair.rank}"
-    for key, shape, (path, axes, is_a) in zip(
-        _keys(adapter, name), (target.a, target.b), sides(pair), strict=True
-    ):
-        found = adapter.tensors[key]
-        allowed = peft_shapes(shape, axes, is_a=is_a)
-        if found.shape not in allowed:
-            yield (
-                f"`{key}` has shape {found.shape}, but {allowed[0]} is due for "
-                f"`{path}` {shape}"
+def _read_layer(
+    source: Source, target: Target, index: Index, scale: np.ndarray
+) -> list[Layer]:
+    """One layer of a pair, for each of the modules that lie side by side."""
+    side = target.split.side if target.split else 1
+    layers = []
+    for name in target.naming.modules[index]:
+        a, b = (source.adapter.tensors[key] for key in source.pair(name))
+        layer = from_tensors(a, b, target.experts)
+        if target.naming.swapped:
+            layer = Layer(layer.b, layer.a)
+        found = source.numbers(name).scale
+        scaled = times(layer[side], found / scale)
+        if not np.isfinite(scaled).all():
+            raise ValueError(
+                f"`{name}` overflows: the configuration gives it the scale {found:.6g}"
             )
-        elif not jnp.issubdtype(found.dtype, jnp.floating):
-            yield f"`{key}` has dtype {found.dtype}, which is no real floating point"
+        layers.append(layer._replace(**{"ab"[side]: scaled}))
+    joined = _joined(target, layers, side)
+    rank = cast(int, target.pair.rank)
+    return resize_layers(joined, side, rank, target.naming.modules[index][0])
 
 
-def _first(problems: list[str]) -> str:
-    """The first problems of a kind, and how many more there are."""
-    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return "; ".join(problems[:_SHOWN]) + more
+def _joined(target: Target, layers: Sequence[Layer], side: int) -> list[Layer]:
+    """The same with one factor for all of them."""
+    axis = 0 if target.experts is None else 1
+    shared, pieces = join_shared(
+        [layer[1 - side] for layer in layers], [layer[side] for layer in layers], axis
+    )
+    both = [(shared, piece) if side else (piece, shared) for piece in pieces]
+    return [Layer(*x) for x in both]
 
 
-def _times(x: np.ndarray, ratio: float) -> np.ndarray:
-    """The same bits where the scales are equal; else at least in float32."""
-    if math.isclose(ratio, 1.0, rel_tol=1e-12):
-        return x
-    return x.astype(np.promote_types(x.dtype, np.float32)) * ratio
+def _wrong_rank(source: Source, target: Target, index: Index) -> list[str]:
+    """That a layer, all right else, has another rank than the tree's."""
+    names = target.naming.modules[index]
+    ranks = [source.numbers(name).rank for name in names]
+    rank, why = ranks[0], f"`{names[0]}` has rank {ranks[0]} in the file"
+    if target.split:
+        side = 1 - target.split.side
+        at = 1 - side if target.naming.swapped else side
+        tensors = [source.adapter.tensors[source.pair(x)[at]] for x in names]
+        if not all(np.array_equal(tensors[0], x) for x in tensors[1:]):
+            rank = sum(ranks)
+            total = " + ".join(map(str, ranks))
+            why = (
+                f"{list(names)} have an {'AB'[side]} each in the file, so that as one "
+                f"pair they have rank {total} = {rank}"
+            )
+    return [] if rank == target.pair.rank else [f"{why}, here {target.pair.rank}"]
+
+
+def _differences(source: Source, target: Target, name: str) -> Iterator[str]:
+    """What is wrong with one module that is in the file."""
+    piece = target.piece_shapes()
+    at_a, at_b = target.pair.factor_axes
+    of_a, of_b = feature_shapes(piece[0], at_a), at_b.feature_count(piece[1])
+    if target.naming.swapped:
+        of_a, of_b = [(of_b,)], at_a.feature_count(piece[0])
+    keys = source.pair(name)
+    rows, *_ = *source.adapter.tensors[keys[0]].shape, 0  # also of a lone number
+    rank = rows // (target.experts or 1)
+    if rank != source.numbers(name).rank:
+        yield (
+            f"`{name}` has rank {source.numbers(name).rank} in the configuration, and "
+            f"{rank} in its A"
+        )
+        return
+    for key, allowed, path in zip(
+        keys,
+        tensor_shapes(rank, of_a, of_b, target.experts),
+        target.pair.paths[:: -1 if target.naming.swapped else 1],
+        strict=True,
+    ):
+        found = source.adapter.tensors[key]
+        yield from _bad_array(key, found, allowed, path)
+
+
+def _bad_array(
+    key: str, found: np.ndarray, allowed: Sequence[Shape], path: str
+) -> Iterator[str]:
+    """What is wrong with one tensor for a leaf."""
+    if found.shape not in allowed:
+        yield (f"`{key}` has shape {found.shape}, but {allowed[0]} is due for `{path}`")
+    elif not jnp.issubdtype(found.dtype, jnp.floating):
+        yield f"`{key}` has dtype {found.dtype}, which is no real floating point"
+    elif not np.isfinite(found).all():
+        yield f"`{key}` has entries that are not finite"

@@ -6,7 +6,7 @@ path of a layer in the PyTorch model. Only the user knows what that model calls 
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -14,15 +14,34 @@ from .._checks import compiled
 from ..algebra._axes import Shape
 from ..pairs._axes import LoRAPair
 from ..pairs._names import parse_factor_name
+from ._parameters import Parameters
+from ._templates import Index, Template, as_several, fill_in, is_name, places_of
 
-NamesSpec: TypeAlias = Mapping[str, str] | Callable[[LoRAPair], str] | None
+NamesSpec: TypeAlias = Mapping[str, Template] | Callable[[LoRAPair], Template] | None
 """`{regex: template}` on the path of the layer, or a function of the pair."""
-
-Index: TypeAlias = tuple[int, ...]
-"""A layer's positions on the stacked axes; `()` where there are none."""
 
 # The factor's own part of qwix's, tunix's and Keras's names says nothing of the layer.
 _PLAIN_STEMS = frozenset({"", "kernel_", "w_"})
+
+
+class Naming(NamedTuple):
+    """What PyTorch has for one pair.
+
+    Attributes:
+      modules: The names for each layer: one, or several that lie side by side.
+      given: The axis along which they lie and its factor, as the user gave them; None
+        for one name.
+      experts: Which of the stacked axes holds the experts of a parameter; None where
+        it is no parameter, or one of two axes.
+      is_parameter: Whether the names are those of parameters.
+      swapped: Whether PEFT takes the parameter the other way round.
+    """
+
+    modules: Mapping[Index, tuple[str, ...]]
+    given: tuple[Any, ...] | None = None
+    experts: int | None = None
+    is_parameter: bool = False
+    swapped: bool = False
 
 
 def layer_path(pair: LoRAPair) -> str:
@@ -38,10 +57,19 @@ def layer_path(pair: LoRAPair) -> str:
     return "/".join(parts)
 
 
+def is_embedding(pair: LoRAPair) -> bool:
+    """Whether a pair is called like an embedding's, as in Keras and PEFT."""
+    name = parse_factor_name(pair.a)
+    return name is not None and name.kind.startswith("embedding")
+
+
 def name_modules(
-    pairs: Sequence[LoRAPair], stacks: Sequence[Shape], names: NamesSpec
-) -> list[dict[Index, str]]:
-    """The PyTorch module of every layer of every pair.
+    pairs: Sequence[LoRAPair],
+    stacks: Sequence[Shape],
+    names: NamesSpec,
+    parameters: Parameters,
+) -> list[Naming]:
+    """The PyTorch modules of every layer of every pair.
 
     Args:
       pairs: What `find_pairs` returns.
@@ -49,6 +77,8 @@ def name_modules(
       names: See `NamesSpec`. A regex has to match the whole path of a layer, and
         its groups may be used in the template; `{}` there stands for a layer's
         position on a stacked axis. Without names, `/` becomes `.`.
+      parameters: Which names are parameters; the stacked axis that such a name does
+        not mention holds the experts.
 
     Raises:
       ValueError: A layer without a name, or two with the same.
@@ -61,76 +91,66 @@ def name_modules(
     found = []
     owners: dict[str, str] = {}
     for pair, stack in zip(pairs, stacks, strict=True):
-        layers = {index: _name(pair, index, names) for index in np.ndindex(*stack)}
-        for name in layers.values():
-            if name in owners:
-                raise ValueError(_same_name_message(name, owners[name], pair, stack))
-            owners[name] = pair.a
-        found.append(layers)
+        naming = _name_pair(pair, stack, names, parameters)
+        for layer in naming.modules.values():
+            for name in layer:
+                if name in owners:
+                    raise ValueError(_same_name(name, owners[name], pair, stack))
+                owners[name] = pair.a
+        found.append(naming)
     return found
 
 
-def file_keys(name: str, *, embedding: bool) -> tuple[str, str]:
-    """The keys of A and B of one module in a PEFT file."""
-    module = f"base_model.model.{name}"
-    if embedding:
-        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-
-
-def is_factor_key(key: str) -> bool:
-    """Whether an entry of a file is called like a factor."""
-    return bool(re.search(r"\.lora_(?:[AB]\.weight|embedding_[AB])$", key))
-
-
-def is_embedding(pair: LoRAPair) -> bool:
-    """Whether a pair is called like an embedding's, as in Keras and PEFT."""
-    name = parse_factor_name(pair.a)
-    return name is not None and name.kind.startswith("embedding")
-
-
-def _name(pair: LoRAPair, index: Index, names: NamesSpec) -> str:
-    """The name of one layer, checked."""
+def _name_pair(
+    pair: LoRAPair, stack: Shape, names: NamesSpec, parameters: Parameters
+) -> Naming:
+    """The names of one pair, checked."""
+    template, match = _template_of(pair, names)
+    templates, given = as_several(pair, template)
     if names is None:  # a path may have braces too: they are not for the index
-        name = layer_path(pair).replace("/", ".")
+        fill = lambda x, _: x
+        used: set[int] = set()
     else:
-        name = _filled_in(pair, index, names)
-    if not (name.isprintable() and re.fullmatch(r"[^\s/]+", name)):
+        fill = lambda x, index: _fill_named(pair, x, match, index)
+        used = set().union(*map(places_of, templates))
+    kinds = {parameters.entry_of(fill(x, (0,) * len(stack))) for x in templates}
+    if len(kinds) > 1 and None in kinds:
         raise ValueError(
-            f"The layer of `{pair.a}` would have the PyTorch name {name!r}. Give it "
-            "one with `module_names=`, such as `{'': 'classifier'}` for factors at the "
-            "top of a dict, `{'(.*)': r'model.\\1'}` with a raw string where there are "
-            "groups, or a function of the pair."
+            f"`module_names=` gives the layer of `{pair.a}` modules and parameters, "
+            f"{list(templates)}. All of them have to be of one kind."
         )
-    return name
+    is_parameter = None not in kinds
+    experts = _expert_axis(pair, stack, used) if is_parameter else None
+    modules = {}
+    for full in np.ndindex(*(1 if i == experts else x for i, x in enumerate(stack))):
+        index = tuple(x for i, x in enumerate(full) if i != experts)
+        modules[index] = tuple(_checked(pair, fill(x, full)) for x in templates)
+    swapped = any(kind in parameters.swapped for kind in kinds)
+    return Naming(modules, given, experts, is_parameter, swapped)
 
 
-def _filled_in(
-    pair: LoRAPair,
-    index: Index,
-    names: Mapping[str, str] | Callable[[LoRAPair], str],
-) -> str:
-    """The user's name of one layer, with its position and the groups of its regex."""
-    match = None
-    if callable(names):
-        template = names(pair)
-    else:
-        template, match = _first_match(pair, names)
-    try:
-        name = str.format(template, *index)
-        return match.expand(name) if match else name
-    except (TypeError, LookupError, ValueError, re.error) as error:
+def _expert_axis(pair: LoRAPair, stack: Shape, used: set[int]) -> int | None:
+    """The stacked axis that the name of a parameter leaves out."""
+    unused = [i for i in range(len(stack)) if i not in used]
+    if len(unused) > 1:
         raise ValueError(
-            f"The name {template!r} that `module_names=` has for the layer of "
-            f"`{pair.a}` cannot be filled in: {error}. `{{}}` is for the position on "
-            f"a stacked axis, of which it has {len(index)}, `\\1` for a group of the "
-            "regex."
-        ) from None
+            f"`{pair.a}` has {len(stack)} stacked axes, and the name of its parameter "
+            f"mentions {len(used)} of them. It may leave out one, that of the experts: "
+            "put `{}` where PyTorch has the position on another, or `{1}` for the "
+            "second, with `module_names=`."
+        )
+    return unused[0] if unused else None
 
 
-def _first_match(pair: LoRAPair, names: Mapping[str, str]) -> tuple[str, re.Match[str]]:
-    """The template of the first regex that matches the layer, and the match."""
+def _template_of(
+    pair: LoRAPair, names: NamesSpec
+) -> tuple[Template, re.Match[str] | None]:
+    """The user's template for a pair, and the match of the first regex that fits."""
     path = layer_path(pair)
+    if names is None:
+        return path.replace("/", "."), None
+    if callable(names):
+        return names(pair), None
     for pattern, template in names.items():
         if match := compiled(pattern, "module_names").fullmatch(path):
             return template, match
@@ -140,7 +160,30 @@ def _first_match(pair: LoRAPair, names: Mapping[str, str]) -> tuple[str, re.Matc
     )
 
 
-def _same_name_message(name: str, owner: str, pair: LoRAPair, stack: Shape) -> str:
+def _fill_named(
+    pair: LoRAPair, template: str, match: re.Match[str] | None, index: Index
+) -> str:
+    try:
+        return fill_in(template, match, index)
+    except ValueError as error:
+        raise ValueError(
+            f"The name {template!r} that `module_names=` has for the layer of "
+            f"`{pair.a}` {error}"
+        ) from None
+
+
+def _checked(pair: LoRAPair, name: str) -> str:
+    if not is_name(name):
+        raise ValueError(
+            f"The layer of `{pair.a}` would have the PyTorch name {name!r}. Give it "
+            "one with `module_names=`, such as `{'': 'classifier'}` for factors at the "
+            "top of a dict, `{'(.*)': r'model.\\1'}` with a raw string where there are "
+            "groups, or a function of the pair."
+        )
+    return name
+
+
+def _same_name(name: str, owner: str, pair: LoRAPair, stack: Shape) -> str:
     where = "" if owner == pair.a else f" and a layer of `{owner}`"
     hint = (
         "Put `{}` into the name where PyTorch has the position on a stacked axis, as "
@@ -150,5 +193,6 @@ def _same_name_message(name: str, owner: str, pair: LoRAPair, stack: Shape) -> s
     )
     return (
         f"A layer of `{pair.a}`{where} would have the same PyTorch name, {name!r}. "
-        f"{hint}, with `module_names=`."
+        f"{hint}, with `module_names=`. Experts that PyTorch has in one parameter need "
+        "`target_parameters=`."
     )

@@ -59,14 +59,12 @@ def initial_factors(
 def append_initial(
     trained: np.ndarray, initial: np.ndarray, *, is_a: bool, stack: int
 ) -> np.ndarray:
-    """`[A; A0]` or `[B, -B0]`, of factors as PEFT has them.
+    """`[A; A0]` or `[B, -B0]`, of layers with their rank first.
 
     Args:
-      trained: A or B, `(*stack, ...)`, as `to_peft` returns it.
+      trained: A or B, `(*stack, r, ...)`, as `to_layers` returns it.
       initial: A0 or B0, of the same shape.
       is_a: Whether it is A.
       stack: The number of stacked axes.
     """
-    if is_a:
-        return np.concatenate([trained, initial], axis=stack)
-    return np.concatenate([trained, -initial], axis=stack + 1)
+    return np.concatenate([trained, initial if is_a else -initial], axis=stack)

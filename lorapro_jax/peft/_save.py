@@ -1,28 +1,26 @@
 """From the factors of a tree to a PEFT adapter."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from .._checks import compiled
-from ..pairs._axes import LoRAPair
 from ..pairs._find import PairsSpec
 from ..pairs._leaves import index_leaves
 from ..pairs._scale import ScaleSpec
-from ._arrays import on_host, sides, to_peft
+from ._arrays import on_host
 from ._config import peft_config
+from ._contents import Kinds, collect
+from ._extra import find_extra
 from ._files import write_adapter
-from ._names import NamesSpec, file_keys, is_embedding, layer_path
-from ._original import append_initial, initial_factors
-from ._targets import Target, find_targets
-
-Arrays = Mapping[str, np.ndarray]
+from ._model import ModelSpec, check_names
+from ._names import NamesSpec
+from ._original import initial_factors
+from ._parameters import read_parameters
+from ._targets import find_targets
 
 
 def save_peft_adapter(
@@ -35,25 +33,31 @@ def save_peft_adapter(
     pairs: PairsSpec | None = None,
     stack_axis: int | Sequence[int] | None = None,
     module_names: NamesSpec = None,
+    target_parameters: Sequence[str] | None = None,
     conv: str | None = None,
     embedding: str | None = None,
+    extra: Mapping[str, str] | None = None,
     initial: Any = None,
+    uniform: bool = False,
+    model: ModelSpec | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     r"""Writes the adapters of a tree as Hugging Face PEFT does.
 
     Stacked layers become one entry each, heads of an einsum are flattened, and every
-    factor keeps its dtype. Leaves that are no factor are left out.
+    factor keeps its dtype. Leaves that are no factor are left out, but for `extra`.
 
     Both files are complete on disk before the first of them takes the place of an
-    older one: what goes wrong until then leaves the folder as it was (a killed process
-    may leave hidden files). Then the two are renamed, one after the other; who reads
-    just then may get new weights with the old configuration, so save adapters of
-    other ranks or scales to a new folder. With several processes all have to call it;
-    the first one writes.
+    older one: what goes wrong until then leaves the folder as it was. Then the two are
+    renamed, one after the other. Who reads just then, or after a process was killed
+    there, may find new weights with the old configuration; if ranks or scales differ,
+    `load_peft_adapter` refuses them, but PEFT does not, so save adapters of other ranks
+    or scales to a new folder. With several processes all have to call it; the first
+    one writes. Do not save to one folder twice at the same time.
 
     Args:
-      path: The folder to write to; it is made where there is none.
+      path: The folder to write to; it is made where there is none. Files keep their
+        permissions when they are replaced.
       params: A tree with the factors, such as `nnx.state(model, nnx.LoRAParam)`.
       scale: The s that the model multiplies B A by; see `lorapro`. Give what the
         optimizer got: the file says nothing else of s, and with a wrong one PyTorch
@@ -67,12 +71,32 @@ def save_peft_adapter(
         `{r"layers/attn/(.)": r"model.layers.{}.self_attn.\1_proj"}`. The first regex
         that matches the whole path of a layer counts (the path of the pair without
         the factor, and without a `lora` at its end); `{}` in the template stands for
-        the position on a stacked axis. Or a function from the `LoRAPair` to the
-        name, also with `{}`. Default: the path with dots.
+        the position on a stacked axis, `{1}` for that on the second. One pair that is
+        several modules in PyTorch has `(names, axis)`: the axis of B along which they
+        lie, in equal parts, as in
+        `{"attn/kv_einsum": (["attn.k_proj", "attn.v_proj"], 1)}` for Gemma's B of
+        `(r, 2, heads, size)`; `(names, axis, "a")` is for an axis of A. Or a function
+        from the `LoRAPair` to any of these. Default: the path with dots.
+      target_parameters: The ends of names that are no modules but parameters, as
+        transformers has the experts of an MoE layer (PEFT ≥ 0.17), in the order in
+        which their module has them: `("gate_up_proj", "down_proj")`. The stacked axis
+        that such a name does not mention holds the experts. PEFT ≥ 0.19 takes a
+        parameter as `(experts, out, in)`, or as `(experts, in, out)` where its module
+        says `is_transposed`; `"gate_up_proj.T"` is for one that is the other way
+        round, as Llama 4's, and then A and B change places (before 0.19, every
+        `(experts, out, in)` is one).
       conv: A regex, searched in the same paths: these layers are convolutions with
         A of `(*window, channels, r)`.
       embedding: A regex, searched in the same paths: these layers are embeddings, as
         those are anyway whose factors have it in their names (`lora_embedding_A`).
+      extra: Leaves beside the factors that go along, such as trained biases and a
+        classifier's head: `{regex: template}`, from the whole path of a leaf to the
+        parameter in PyTorch, such as `{"head/kernel": "score.weight"}`; `{}` stands for
+        the position on a leading axis. A leaf called `kernel` is `(in, out)`, or
+        `(*window, in, out)` for a layer of `conv`, and goes out as PyTorch has it;
+        one called `bias` goes out flat, all else as it is. They are `bias` and
+        `modules_to_save` of the configuration: PEFT wants every weight of a module
+        that is saved so.
       initial: The tree right after `initialize_adapters`, if the method changed the
         base weights (LoRA-GA, PiSSA, OLoRA). Without it, the file is for the changed
         weights, to be saved too. With it, for the original ones: it holds [B, -B0] and
@@ -80,16 +104,29 @@ def save_peft_adapter(
         lacks only the rounding of the changed weights. Make it a copy, as a state of
         NNX follows its model: `jax.device_get(nnx.state(model, nnx.LoRAParam))`. The
         starts of LoRA-One and GoRA belong to the adapter: pass None.
+      uniform: Whether all modules get one rank and one scale, for readers that know
+        `r`, `lora_alpha` and `use_rslora` only, and no patterns, such as vLLM: where
+        ranks or scales differ, they would compute something else without a word. The
+        largest rank holds for all (the others get zeros), and the most common scale; B
+        takes up the ratio, in float32 where its own dtype cannot hold it. vLLM's
+        `max_lora_rank` has to be at least the `r` of the file: the next of 8, 16, 32,
+        64, 128, 256, 320, 512. vLLM takes nothing of `extra`.
+      model: The base model, to check the names of `module_names` against: a folder or
+        `config.json` of transformers (the latter needs transformers and PyTorch), or
+        the names of all weights, such as `list(torch_model.state_dict())`. PEFT drops
+        factors of modules that the model does not have.
       config: More entries of `adapter_config.json`, such as
         `{"base_model_name_or_path": "...", "task_type": "CAUSAL_LM"}`, or other
         `target_modules`.
 
     Raises:
       ValueError: No pair in the tree, or what `find_pairs` raises; a layer without a
-        name, or two with one; factors that are no arrays or of a dtype that PyTorch
-        lacks; a bad regex; an entry of `config` that follows from the factors; an
-        `initial` with other factors, or with the same values.
-      ImportError: safetensors is not installed.
+        name, two with one, or a name that `model` lacks; factors that are no arrays,
+        not finite, or of a dtype that PyTorch lacks; a bad regex; an entry of `config`
+        that follows from the factors, that leaves out some, or that
+        `load_peft_adapter` would refuse; an `initial` with other factors, or with the
+        same values.
+      ImportError: safetensors is not installed, or what `model` needs.
 
     Examples:
       >>> import jax.numpy as jnp, tempfile
@@ -102,62 +139,44 @@ def save_peft_adapter(
       >>> back["mlp"]["up"]["lora_a"].shape
       (8, 2)
     """
+    parameters = read_parameters(target_parameters)
     targets = find_targets(
         params,
         module_names,
+        parameters,
         scale=scale,
         alpha=alpha,
         rslora=rslora,
         pairs=pairs,
         stack_axis=stack_axis,
     )
-    convs, words = _layers_of(conv, "conv"), _layers_of(embedding, "embedding")
+    kinds = Kinds.read(conv, embedding)
+    names = {name: target.pair.a for target in targets for name in target.names}
+    if model is not None:
+        check_names(model, names)
     leaves = index_leaves(params)
     due = [path for target in targets for path in target.pair.paths]
-    factors = {path: on_host(path, leaves[path].value) for path in due}
+    extras = find_extra(params, extra, due)
+    arrays = {
+        path: on_host(path, leaves[path].value)
+        for path in (*due, *(x.path for x in extras))
+    }
     before = None
     if initial is not None:
         at_b = [target.pair.b for target in targets]
-        before = initial_factors(initial, factors, at_b)
+        before = initial_factors(initial, {path: arrays[path] for path in due}, at_b)
 
-    tensors: dict[str, np.ndarray] = {}
-    layers: dict[str, LoRAPair] = {}
-    for target in targets:
-        pair, layer = target.pair, layer_path(target.pair)
-        is_conv = bool(convs and convs.search(layer))
-        is_words = is_embedding(pair) or bool(words and words.search(layer))
-        both = _as_peft(target, factors, before, is_conv=is_conv)
-        rank = cast(int, pair.rank) * (1 if before is None else 2)
-        scales = target.scales
-        for index, name in target.names.items():
-            keys = file_keys(name, embedding=is_words)
-            tensors |= {key: x[index] for key, x in zip(keys, both, strict=True)}
-            layers[name] = pair._replace(rank=rank, scale=scales[index])
-    entries = peft_config(layers, rslora=rslora, extra=config or {})
+    contents = collect(targets, extras, arrays, before, kinds, parameters, uniform)
+    entries = peft_config(
+        contents.modules,
+        rslora=rslora,
+        parameters=contents.parameters,
+        beside=contents.beside,
+        extra=config or {},
+    )
     try:
         if jax.process_index() == 0:
-            write_adapter(Path(path), tensors, entries)
+            write_adapter(Path(path), contents.tensors, entries, list(names))
     finally:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("save_peft_adapter")
-
-
-def _layers_of(pattern: str | None, option: str) -> re.Pattern[str] | None:
-    """The regex for the paths of the layers that an option means; None for none."""
-    return None if pattern is None else compiled(pattern, option)
-
-
-def _as_peft(
-    target: Target, factors: Arrays, initial: Arrays | None, *, is_conv: bool
-) -> list[np.ndarray]:
-    """A and B as PyTorch has them, `(*stack, ...)`, for the original base weights."""
-    at_a, _ = target.pair.factor_axes
-    window = len(at_a.features(len(target.a))) - 1 if is_conv else 0
-    both = []
-    for path, axes, is_a in sides(target.pair):
-        x = to_peft(factors[path], axes, is_a=is_a, window=window)
-        if initial is not None:
-            x0 = to_peft(initial[path], axes, is_a=is_a, window=window)
-            x = append_initial(x, x0, is_a=is_a, stack=len(axes.batch))
-        both.append(x)
-    return both

@@ -223,14 +223,17 @@ def test_damaged_or_missing_configuration_is_one_error(tmp_path):
         ({"alora_invocation_tokens": [3]}, "`alora_invocation_tokens`"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-        ({"r": None}, "`r` is None, no finite number"),
+        ({"r": None}, "`r` is None, no whole number above 0"),
         ({"lora_alpha": "x"}, "`lora_alpha` is 'x'"),
         ({"lora_alpha": math.nan}, "`lora_alpha` is nan"),
-        ({"alpha_pattern": {"up": None}}, "`up` is None"),
-        ({"alpha_pattern": [1]}, "is no mapping"),
+        ({"alpha_pattern": {"up": None}}, r"`alpha_pattern\['up'\]` is None"),
+        ({"alpha_pattern": [1]}, r"`alpha_pattern` is \[1\], no mapping"),
         ({"rank_pattern": {"(": 2}}, "is no regex"),
-        ({"r": 4}, r"`mlp\.up` has rank 4 in the configuration, here 2"),
-        ({"rank_pattern": {"up": 8}}, "rank 8 in the configuration"),
+        (
+            {"r": 4},
+            r"gives `mlp\.up` rank 4 and scale 0\.5, but .* rank 2 and scale 1",
+        ),
+        ({"rank_pattern": {"up": 8}}, r"rank 8 and scale 0\.25, but"),
     ],
 )
 def test_configuration_of_another_adapter_is_one_error(entries, match, tmp_path):

@@ -1,11 +1,15 @@
 """Stacks whose layers have scales of their own, as PEFT's patterns of alphas."""
 
+import itertools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lorapro_jax.peft import load_peft_adapter, save_peft_adapter
+from lorapro_jax.peft._config import numbers_by
 from tests.support.peft_files import SIZES, read, tree_of
 
 ALPHAS = np.array([8.0, 8.0, 3.0, 16.0])  # of the layers L
@@ -77,3 +81,32 @@ def test_two_stacked_axes_have_a_scale_each(tmp_path):
     found = {name: pattern.get("^" + name.replace(".", r"\."), default) for name in due}
     assert found == due
     assert len(set(due.values())) == 12
+
+
+PATTERNS = [r"^l\.0\.q-x", "q-x", r"l\..*", r".*\.q-x", "^l", r"^l\.1", "1"]
+MODULES = ["l.0.q-x", "m.l.0.q-x", "l.1", "l", "q-x", "m.1", "l.0.q-xx"]
+
+
+def test_the_first_pattern_that_fits_counts_as_in_peft():
+    """Also where our own, for one name, stand among others'."""
+
+    def as_in_peft(pattern, name, default):
+        """Restates `get_pattern_key`."""
+        for key, value in pattern.items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        return default
+
+    found = set()
+    for chosen in itertools.permutations(PATTERNS, 3):
+        alphas = {key: 10.0 + i for i, key in enumerate(chosen)}
+        ranks = dict(zip(chosen[1:], (3, 4), strict=True))
+        config = {
+            "r": 2, "lora_alpha": 1.0, "alpha_pattern": alphas, "rank_pattern": ranks
+        }  # fmt: skip
+        for name in MODULES:
+            rank = as_in_peft(ranks, name, 2)
+            due = (rank, as_in_peft(alphas, name, 1.0) / rank)
+            assert numbers_by(config)(name) == due
+            found.add(due)
+    assert len(found) > 5  # control: defaults, and each of the patterns

@@ -31,3 +31,17 @@ def pair_tree(seed=0, dtype=jnp.float32):
 def read(folder):
     tensors = safetensors.numpy.load_file(folder / WEIGHTS)
     return tensors, json.loads((folder / CONFIG).read_text())
+
+
+def written_by_another(folder, entries=None, rename=lambda key: key):
+    """The same files without what only this package writes: its metadata.
+
+    Args:
+      folder: That of the adapter.
+      entries: Changes of the configuration.
+      rename: From our keys to that program's.
+    """
+    tensors, config = read(folder)
+    tensors = {rename(key): x for key, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config | (entries or {})))
