@@ -2,7 +2,8 @@
 
 Its moments are those of W, so they can come along. With factored moments M is a pair of
 steps at the factors of its last update, and becomes what the new factors can express of
-it; the sums of V have no rank, and stay. Dense moments have none at all.
+it; the sums of V have no rank, and stay. Dense moments have none at all. The factors of
+the last step, which tell how far it went, are the new ones: nothing has moved yet.
 """
 
 from collections.abc import Mapping, Sequence
@@ -80,25 +81,26 @@ def _check_foreign(path: str, leaf: Any, changes: Sequence[Change]) -> None:
 
 def _resized(moments: Any, changes: Sequence[Change]) -> Any:
     """The moments of all pairs that the state knows."""
-    if isinstance(moments, DenseMoments):
-        return moments
-    if not isinstance(moments, FactoredMoments):
+    if not isinstance(moments, FactoredMoments | DenseMoments):
         raise ValueError(
             f"`state` has {type(moments).__name__}, which have no meaning at another "
             f"rank. Only the moments of `lorapro_adamw` have one. {_REMEDY}"
         )
-    old = {name: _values(getattr(moments, name)) for name in ("mu", "factors")}
-    new: dict[str, dict[str, Any]] = {"mu": {}, "factors": {}}
+    like_factors = [*([] if isinstance(moments, DenseMoments) else ["mu"]), "factors"]
+    old = {name: _values(getattr(moments, name)) for name in like_factors}
+    new: dict[str, dict[str, Any]] = {name: {} for name in old}
     for change in changes:
         paths = change.old.paths
         if not all(path in tree for path in paths for tree in old.values()):
             continue  # of another part of an `optax.partition`, or frozen
         both = {name: Both(*(tree[x] for x in paths)) for name, tree in old.items()}
-        mean = _carried(change, both["mu"], both["factors"])
-        for path, mu, factor in zip(paths, mean, change.factors, strict=True):
-            new["mu"][path] = placed_like(mu, old["mu"][path])
+        for path, factor in zip(paths, change.factors, strict=True):
             # A copy: donating the parameters would delete the state.
             new["factors"][path] = jnp.copy(factor)
+        if "mu" in new:
+            mean = _carried(change, both["mu"], both["factors"])
+            for path, mu in zip(paths, mean, strict=True):
+                new["mu"][path] = placed_like(mu, old["mu"][path])
     return moments._replace(
         **{name: _with(getattr(moments, name), values) for name, values in new.items()}
     )
@@ -129,8 +131,8 @@ def _project(
     pair = in_compute_dtype(pair)
     ratio = jnp.asarray(old_scale, pair.dtype) / pair.scale
     mean = mean.map(lambda x: times(ratio, x.astype(pair.dtype)))
-    carried = carry(pair, old, mean)
-    return project(decompose([pair]), [pair], [carried], damping=0.0)[0]
+    carried, spectra = carry(pair, old, mean), decompose([pair])
+    return project(spectra, [pair], [carried], e=0 * spectra.squares)[0]
 
 
 def _values(tree: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Run:
 def moved(tree, params, weights):
     """The weights of NumPy with the factors and scales of the package."""
     for w, new in zip(weights, weights_of(tree, params, moments=""), strict=True):
-        w.a, w.b, w.scale = new.a, new.b, new.scale
+        w.a, w.b, w.scale, w.before = new.a, new.b, new.scale, (new.a, new.b)
 
 
 def farthest(tree, params, weights):

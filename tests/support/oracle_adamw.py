@@ -49,7 +49,7 @@ class Weight:
         return oracle.equivalent(self.a, self.b, *step, self.scale)
 
     def look(self):
-        """Sets the damping of this step, in units of the Grams, from the last motion."""
+        """Sets the damping of this step, relative to the Grams, by the last one."""
         here = self.a, self.b
         self.relative = oracle.damping_by_motion(*here, self.before, self.damping)
         self.before = here
