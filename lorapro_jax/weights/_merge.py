@@ -46,15 +46,17 @@ def merge_adapters(
     what an adapter adds below that is lost: to keep it, cast the base weights to
     float32 first.
 
-    Memory, beside the new weights: one layer's product at a time, in float32 (on CPUs
-    XLA copies a stack in bfloat16 once more). On a mesh each device computes its part
-    of a kernel, and only factors travel; layers that are sharded along their stack are
-    computed at once. It compiles its own programs, one for each kind of layer. Under
-    `jit` the compiler plans all of that, and layers of a stack are computed at once.
+    Memory, beside the new weights: one layer's product at a time, in float32 (XLA
+    copies a stack once more, on CPUs one in bfloat16, on TPUs one along axis 1). On a
+    mesh each device computes its part of a kernel, and only factors travel; layers
+    that are sharded along their stack are computed at once. It compiles its own
+    programs, one for each kind of layer. Under `jit` the compiler plans all of that,
+    and layers of a stack are computed at once.
 
     Args:
-      params: Any tree with the factors and their base weights, such as Linen's `params`
-        or `nnx.state(model)`; for an NNX model itself there is `merge_model`.
+      params: Any tree with the factors and their base weights, such as Linen's
+        `params`, `nnx.state(model)`, or of a Keras model `{x.path: x.value for x in
+        model.variables}`; for an NNX model itself there is `merge_model`.
       remove: Whether to leave the factors out, and modules that held nothing else.
       scale: See `lorapro`; the same as there, and as in the forward pass.
       alpha: See `lorapro`.

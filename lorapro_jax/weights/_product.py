@@ -89,7 +89,8 @@ def _layer_by_layer(
     a, b = (x.reshape(-1, *(1,) * depth, *x.shape[depth:]) for x in (a, b))
     one = [1 if i in kernel.batch else size for i, size in enumerate(weight.shape)]
     # On CPUs XLA would convert all layers to float32 and back for each of them.
-    held = jnp.uint16 if weight.dtype == jnp.bfloat16 else weight.dtype
+    converts = weight.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    held = jnp.uint16 if converts else weight.dtype
     as_held, as_weight = (
         functools.partial(jax.lax.bitcast_convert_type, new_dtype=dtype)
         for dtype in (held, weight.dtype)

@@ -365,12 +365,16 @@ def test_new_directions_come_from_the_key_and_the_path():
 
 @pytest.mark.parametrize("rank", [2, 6])
 def test_under_jit_it_is_the_same(rank):
+    """With a traced alpha, and with a state that comes along."""
     params = small()
-    run = lambda params, alpha: resize_adapters(params, rank, key=KEY, alpha=alpha)
-    plain, jitted = run(params, 8.0), jax.jit(run)(params, 8.0)
+    state = with_moments(lorapro_adamw(0.1).init(params))
+    run = lambda params, state, alpha: resize_adapters(
+        params, rank, key=KEY, state=state, alpha=alpha
+    )
+    plain, jitted = (f(params, state, 8.0) for f in (run, jax.jit(run)))
     for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(jitted), strict=True):
         np.testing.assert_allclose(x, y, atol=TOLERANCE)
-    shapes = jax.eval_shape(run, params, 8.0)
+    shapes = jax.eval_shape(run, params, state, 8.0)
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, plain)
 
 

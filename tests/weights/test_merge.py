@@ -12,6 +12,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorapro_jax import LoRAPair, find_pairs, merge_adapters, merge_model
+from lorapro_jax.algebra._axes import FactorAxes
+from lorapro_jax.algebra._factors import Both, Factor
+from lorapro_jax.weights._find import Kernel
 from lorapro_jax.weights._merge import merged
 from lorapro_jax.weights._product import add_product
 from tests.support.layers import (
@@ -202,6 +205,26 @@ def test_layers_of_a_stack_are_merged_each_with_its_scale(name, dtype):
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, new)
 
 
+def test_a_stack_takes_the_memory_of_one_layers_product(full_compiles):
+    """Of the compiled program: its temporary arrays, for layers on axis 1."""
+    shapes = (256, 8, 192), (256, 8, 2), (2, 8, 192)
+    weight, a, b = (jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes)
+    factors = Both(Factor(a, FactorAxes(2, (1,))), Factor(b, FactorAxes(0, (1,))))
+    layer, spare = 256 * 192 * 4, 3 * (256 + 192) * 8 * 2 * 4  # copies of factors
+
+    def temporary(one_by_one):
+        program = add_product.lower(
+            weight, factors, 1.0, kernel=Kernel("", (1,), (0,), (2,)), sharding=None,
+            one_by_one=one_by_one,
+        ).compile()  # fmt: skip
+        found = program.memory_analysis()
+        assert found is not None
+        return found.temp_size_in_bytes
+
+    assert temporary(True) < layer + spare
+    assert temporary(False) > 8 * layer  # negative control
+
+
 MESHES = {  # shapes and shardings of kernel, A and B
     "features": ((64, 48), P("x", "y"), P("x"), P(None, "y")),
     "as in FSDP": ((64, 48), P("x"), P("x"), P()),
@@ -286,7 +309,7 @@ class Square(nnx.Module):
 
     def __init__(self, count):
         rngs = nnx.Rngs(0)
-        self.layers = nnx.List([self.adapted(rngs) for _ in range(count)])
+        self.layers = nnx.Sequential(*(self.adapted(rngs) for _ in range(count)))
 
     @staticmethod
     def adapted(rngs):
@@ -294,9 +317,7 @@ class Square(nnx.Module):
         return nnx.LoRA(64, 2, 64, base_module=base, rngs=rngs)
 
     def __call__(self, x):
-        for layer in self.layers:
-            x = jnp.tanh(layer(x))
-        return x
+        return self.layers(x)
 
 
 def test_the_classes_of_a_model_tell_the_order_of_square_kernels():
