@@ -4,7 +4,6 @@ There M and V are m×n and know of no rank: when the factors change they stay as
 are, and the next step goes by the tangent space of the new ones.
 """
 
-import itertools
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -100,8 +99,7 @@ def farthest(tree, params, weights):
 
 
 @pytest.mark.parametrize(
-    ("moments", "rank", "alpha"),
-    [("dense", 1, True), *itertools.product(["factored"], [1, 4], [False, True])],
+    ("moments", "rank", "alpha"), [("factored", 1, True), ("dense", 4, False)]
 )
 def test_training_goes_on_as_the_dense_definition_does(moments, rank, alpha, x64):
     """Three steps, another rank, three steps, in both; ranks were 3 and 2."""
@@ -190,10 +188,13 @@ def test_the_state_is_found_wherever_it_is_and_fits_the_new_factors(name, rank):
     """It has the structure, shapes and dtypes that `init` would make."""
     tx, params = INSIDE[name], trees.make_params()
 
-    result = resize_adapters(params, rank, key=KEY, state=tx.init(params))
+    def resize(params, state):
+        return resize_adapters(params, rank, key=KEY, state=state)
+
+    result = jax.eval_shape(resize, params, jax.eval_shape(tx.init, params))
 
     due = jax.eval_shape(tx.init, result.params)
-    kinds = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), x.dtype), tree)
+    kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert kinds(result.state) == kinds(due)
 
 
