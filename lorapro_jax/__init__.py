@@ -22,6 +22,10 @@ Starts and ranks:
     allocate_ranks         more rank where weights and gradients are large
     resize_adapters        factors of other ranks, and the optimizer's state with them
 
+Base weights:
+    merge_adapters         W0 + s B A in place of W0, and B = 0 or no factors
+    merge_model            the same on an NNX model, in place
+
 Diagnostics:
     equivalent_gradient    what a step on the factors does to the weight
 
@@ -55,6 +59,8 @@ from .ranks._resize import Resized, resize_adapters
 from .ranks._table import RankTable
 from .transforms._rounding import stochastic_rounding
 from .weights._estimate import estimate_gradients
+from .weights._merge import merge_adapters
+from .weights._models import merge_model
 
 __all__ = [
     "LoRAPair",
@@ -72,6 +78,8 @@ __all__ = [
     "lora_rite",
     "lorapro",
     "lorapro_adamw",
+    "merge_adapters",
+    "merge_model",
     "resize_adapters",
     "scale_by_lora_rite",
     "scale_by_lorapro_adam",

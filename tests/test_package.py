@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 FUNCTIONS = {
     "allocate_ranks", "describe_pairs", "equivalent_gradient", "estimate_gradients",
     "find_pairs", "initialize_adapters", "initialize_model", "lora_rite", "lorapro",
-    "lorapro_adamw", "resize_adapters", "scale_by_lora_rite", "scale_by_lorapro_adam",
-    "stochastic_rounding",
+    "lorapro_adamw", "merge_adapters", "merge_model", "resize_adapters",
+    "scale_by_lora_rite", "scale_by_lorapro_adam", "stochastic_rounding",
 }  # fmt: skip
 CLASSES = {
     "LoRAPair", "RankTable", "Resized", "ScaleByLoRAProAdamState",

@@ -4,9 +4,8 @@ from typing import Any
 
 import jax
 
-from ..pairs._names import normalize_path
-from ..weights._axes import Order
 from ..weights._given import KernelsSpec
+from ..weights._models import check_module, known_orders
 from ._contract import Initializer
 from ._trees import start_adapters
 
@@ -50,22 +49,9 @@ def initialize_model(
     """
     from flax import nnx
 
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"`model` is a {type(model).__name__}, not an `nnx.Module`.")
+    check_module(model)
     state = nnx.state(model)
     new = start_adapters(
-        method, state, gradients, key, kernels, options, _known_orders(model)
+        method, state, gradients, key, kernels, options, known_orders(model)
     )
     nnx.update(model, new)
-
-
-def _known_orders(model: Any) -> dict[str, Order]:
-    """The orders of the kernels of Flax's own layers, by their paths."""
-    from flax import nnx
-
-    layers = nnx.Linear, nnx.LinearGeneral, nnx.Conv
-    return {
-        normalize_path((*map(str, path), "kernel")): "in,out"
-        for path, module in nnx.iter_graph(model)
-        if isinstance(module, layers)
-    }

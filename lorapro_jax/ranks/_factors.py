@@ -94,7 +94,7 @@ def _lowered(
     """The closest product of a lower rank."""
     del key
     # At unit size no sum of squares under- or overflows.
-    units = unit_a, unit_b = _unit(a), _unit(b)
+    unit_a, unit_b = _unit(a), _unit(b)
     a, b = a / unit_a, b / unit_b
     (q_a, r_a), (q_b, r_b) = jnp.linalg.qr(a.T), jnp.linalg.qr(b)
     # With all vectors: those of singular values of 0 are of use to one side.
@@ -106,7 +106,7 @@ def _lowered(
     a_leads = unit_a * length_a >= unit_b * length_b
     size_a = jnp.where(a_leads, length_a, values * reciprocal(length_b))
     size_b = jnp.where(a_leads, values * reciprocal(length_a), length_b)
-    return units[0] * (right * size_a).T, units[1] * left * size_b
+    return unit_a * (right * size_a).T, unit_b * (left * size_b)
 
 
 def _raised(

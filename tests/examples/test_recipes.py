@@ -33,8 +33,9 @@ from tests.support.layouts import distance, leaves_by_path
 
 FOLDER = Path(digits.__file__).parent
 FILES = sorted(FOLDER.glob("[!_]*.py"))
-# The last two have tests of their own.
-RECIPES = sorted({x.stem for x in FILES} - {"digits", "keras_loop", "tunix_peft"})
+# They have tests of their own.
+OTHERS = {"digits", "keras_loop", "resize", "tunix_merge", "tunix_peft"}
+RECIPES = sorted({x.stem for x in FILES} - OTHERS)
 STEPS = 40
 # Two ways to one derivative, each through a few float32 products of up to 128 terms
 # and a softmax: 128 roundings, were none to cancel.
@@ -246,6 +247,33 @@ def test_gradient_start_saves_its_adapters_for_the_original_weights(run):
     lines = re.findall(r"^(before|after) +test loss ([\d.]+)", run.printed, re.M)
     assert [x for x, _ in lines] == ["before", "after"] * 2
     assert lines[1] != lines[3]  # the comparison is another run
+
+
+@pytest.mark.parametrize("run", ["merge"], indirect=True)
+def test_merge_prints_that_both_merged_models_compute_the_same(run):
+    """And the plain model does: kernels of the trained one, and no adapters."""
+    off = re.findall(r"logits off by (\S+)", run.printed)
+    assert len(off) == 2
+    assert max(map(float, off)) < RTOL
+    images = digits.load()[1].images[:16]
+    model = run.recipe.new_model()
+    nnx.update(model, run.after)
+    plain = run.recipe.plain_model(model)
+    assert not find_pairs(nnx.state(plain))
+    assert distance(plain(images), run.apply(run.after, images)) < RTOL
+    # Negative control: the kernels alone are another model.
+    assert distance(plain(images), run.apply(run.before, images)) > 100 * RTOL
+
+
+def test_resize_grows_and_cuts_the_adapters_while_it_trains(quick_compiles, capsys):
+    before, after = load_recipe("resize").main(60)
+    assert after < 0.3 * before
+    printed = capsys.readouterr().out
+    rows = re.findall(r"rank (\d), relative error of the product (\S+)", printed)
+    errors = {rank: [float(x) for y, x in rows if y == rank] for rank in "84"}
+    assert errors["8"] == [0.0] * 3
+    assert all(0 < x < 0.5 for x in errors["4"])
+    assert len(errors["4"]) == 3
 
 
 def test_a_rate_of_zero_learns_nothing(quick_compiles):

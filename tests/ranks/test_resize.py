@@ -189,7 +189,7 @@ def test_a_pair_with_its_own_scale_and_a_scale_for_each_layer_keep_them(x64):
     )
 
 
-RANK_FREE = ["nnx, stacked on axis 1", "PEFT", "gemma"]
+RANK_FREE = ["nnx, stacked on axis 1", "gemma"]
 
 
 @pytest.mark.parametrize("name", RANK_FREE)
@@ -255,8 +255,9 @@ def test_ranks_by_number_by_pattern_and_by_table():
     params = small()
 
     def ranks(spec):
-        result = resize_adapters(params, spec, key=KEY)
-        return {pair.a: pair.rank for pair in find_pairs(result.params)}
+        resize = lambda params: resize_adapters(params, spec, key=KEY).params
+        shapes = jax.eval_shape(resize, params)
+        return {pair.a: pair.rank for pair in find_pairs(shapes)}
 
     down, up = "down/layers/lora_a", "up/lora_a"
     assert ranks(3) == ranks(np.int32(3)) == {down: 3, up: 3}
@@ -363,14 +364,17 @@ def test_new_directions_come_from_the_key_and_the_path():
     assert distance(layers[0, :, 4:], layers[1, :, 4:]) > 0.1
 
 
-@pytest.mark.parametrize("rank", [2, 6])
-def test_under_jit_it_is_the_same(rank):
-    params = small()
-    run = lambda params, alpha: resize_adapters(params, rank, key=KEY, alpha=alpha)
-    plain, jitted = run(params, 8.0), jax.jit(run)(params, 8.0)
+def test_under_jit_it_is_the_same():
+    """With a traced alpha, and with a state that comes along."""
+    params, rank = small(), 2
+    state = with_moments(lorapro_adamw(0.1).init(params))
+    run = lambda params, state, alpha: resize_adapters(
+        params, rank, key=KEY, state=state, alpha=alpha
+    )
+    plain, jitted = (f(params, state, 8.0) for f in (run, jax.jit(run)))
     for x, y in zip(jax.tree.leaves(plain), jax.tree.leaves(jitted), strict=True):
         np.testing.assert_allclose(x, y, atol=TOLERANCE)
-    shapes = jax.eval_shape(run, params, 8.0)
+    shapes = jax.eval_shape(run, params, state, 8.0)
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, plain)
 
 
@@ -413,5 +417,5 @@ def test_a_rank_that_a_mesh_cannot_divide_is_an_error():
     params["up"]["lora_a"] = jax.device_put(params["up"]["lora_a"], sharded)
     with pytest.raises(ValueError, match=r"`up/lora_a` \(16, 4\) is sharded along its"):
         resize_adapters(params, 2)
-    result = resize_adapters(params, 8, key=KEY)  # control: 8 can be divided by 4
-    assert result.params["up"]["lora_a"].sharding == sharded
+    same = resize_adapters(params, 4)  # negative control: nothing changes
+    assert same.params["up"]["lora_a"].sharding == sharded

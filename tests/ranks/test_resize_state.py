@@ -4,7 +4,7 @@ There M and V are m×n and know of no rank: when the factors change they stay as
 are, and the next step goes by the tangent space of the new ones.
 """
 
-import itertools
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from tests.support.runs import (
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
+OLD_FLAX = tuple(map(int, version("flax").split(".")[:2])) < (0, 12)
 KEY = jax.random.key(3)
 TOLERANCE = 1e-9  # see `support.runs`
 RATE, DAMPING = 0.05, 1e-2
@@ -98,8 +99,7 @@ def farthest(tree, params, weights):
 
 
 @pytest.mark.parametrize(
-    ("moments", "rank", "alpha"),
-    [("dense", 1, True), *itertools.product(["factored"], [1, 4], [False, True])],
+    ("moments", "rank", "alpha"), [("factored", 1, True), ("dense", 4, False)]
 )
 def test_training_goes_on_as_the_dense_definition_does(moments, rank, alpha, x64):
     """Three steps, another rank, three steps, in both; ranks were 3 and 2."""
@@ -188,10 +188,13 @@ def test_the_state_is_found_wherever_it_is_and_fits_the_new_factors(name, rank):
     """It has the structure, shapes and dtypes that `init` would make."""
     tx, params = INSIDE[name], trees.make_params()
 
-    result = resize_adapters(params, rank, key=KEY, state=tx.init(params))
+    def resize(params, state):
+        return resize_adapters(params, rank, key=KEY, state=state)
+
+    result = jax.eval_shape(resize, params, jax.eval_shape(tx.init, params))
 
     due = jax.eval_shape(tx.init, result.params)
-    kinds = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), x.dtype), tree)
+    kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert kinds(result.state) == kinds(due)
 
 
@@ -239,6 +242,7 @@ def test_a_state_of_other_parameters_is_refused():
         resize_adapters(params, 3, key=KEY, state=OURS.init(other))
 
 
+@pytest.mark.skipif(OLD_FLAX, reason="needs flax 0.12; see `test_adamw_nnx.py`")
 def test_an_nnx_optimizer_goes_on():
     """`optimizer.opt_state` of the old model goes to the optimizer of the new one."""
     x, y = np.ones((3, 6), np.float32), np.eye(3, 7, dtype=np.float32)
