@@ -65,7 +65,7 @@ def scale_by_lorapro_adam(
       eps: Added to the root of the second moment.
       moments: `"factored"` or `"dense"`; `lorapro_adamw` explains all options.
       gauge: How the direction is divided between A and B.
-      damping: The damping of E and of the direction.
+      damping: Of E and of the direction, by how far the last step went.
       max_grad_norm: The bound of the norm of all E together; None for no clipping.
       mu_dtype: The dtype of the first moments.
       nesterov: Whether the momentum is Nesterov's.
@@ -145,8 +145,7 @@ def lorapro_adamw(
     * `"factored"`: no m×n array exists, not even for a moment, and the state is about
       that of AdamW on A and B. The second moment is the outer product of its exact
       row and column sums, as in Adafactor; the first is a pair of steps, carried
-      from one step's tangent space to the next. This combination is not in the
-      literature; in `benchmarks/quality.py` it is compared with
+      from one step's tangent space to the next. This is not in the literature.
     * `"dense"`: the paper's algorithm, with two moments of the size of W, for small
       layers and to compare with.
 
@@ -174,10 +173,11 @@ def lorapro_adamw(
         `optax.inject_hyperparams`, name a function in `static_args`.
       moments: `"factored"` or `"dense"`.
       gauge: How the direction is divided between A and B; see `lorapro`.
-      damping: Levenberg-Marquardt damping, as in `lorapro`, of E and of the direction
-        (the first moment is carried without). Less than there is enough, because Adam
-        bounds the direction, and more shortens the steps at low learning rates; see
-        `benchmarks/NOTES.md`. 0 with dense moments is the paper exactly.
+      damping: Levenberg-Marquardt damping of E and of the direction (the first moment
+        is carried without), e = damping · ‖W - W⁻‖² / (s² (‖A‖² + ‖B‖²)) with W⁻ one
+        step ago: a step on A is short while B is no larger than one step makes it, at
+        every s and learning rate, and nearly exact later. Where nothing has moved, a
+        hundredth of it in the units of `lorapro`. 0 with dense moments is the paper.
       max_grad_norm: Clips the equivalent gradients and the gradients of other leaves
         by their common norm, which is what clipping by the global norm would see in
         full fine-tuning, as far as the factors can follow. A gradient that is not
