@@ -41,15 +41,16 @@ def test_state_lies_at_the_places_that_the_spec_names(moments):
         "norm": norm,
     }
     factors = at([(3, 10, 4), (3, 4, 6)], [(8, 2), (2, 5)])
+    assert shapes(state.pairs.factors) == factors
+    chex.assert_trees_all_equal(state.pairs.factors["layers"], params["layers"])
+    assert state.pairs._fields == ("mu", "nu", "factors")
     if moments == "factored":
-        assert shapes(state.pairs.mu) == shapes(state.pairs.factors) == factors
+        assert shapes(state.pairs.mu) == factors
         sums = at([(3, 10, 1), (3, 1, 6)], [(8, 1), (1, 5)])
         assert shapes(state.pairs.nu) == sums
-        chex.assert_trees_all_equal(state.pairs.factors["layers"], params["layers"])
     else:
         dense = at([(3, 6, 10), None], [(5, 8), None])
         assert shapes(state.pairs.mu) == shapes(state.pairs.nu) == dense
-        assert state.pairs._fields == ("mu", "nu")
     # The others' are Optax's, of a tree without the factors.
     rest = at([None, None], [None, None], (5,), (10,))
     assert shapes(state.others.mu) == shapes(state.others.nu) == rest
