@@ -24,6 +24,7 @@ from benchmarks.quality_report import (
     best_run,
     difference,
     mean_and_error,
+    shown,
     sign,
 )
 
@@ -117,8 +118,8 @@ def print_table(result: dict[str, Any], console: Console) -> None:
                 start or "all weights",
                 OPTIMIZERS[method],
                 f"{run['rate']:g}",
-                "{:.3f} ± {:.3f}".format(*mean_and_error(run["test_loss"])),
-                "{:.3f} ± {:.3f}".format(*mean_and_error(run["test_accuracy"])),
+                shown(mean_and_error(run["test_loss"]), digits=3),
+                shown(mean_and_error(run["test_accuracy"]), digits=3),
                 *(signed(difference(row, other)) for other in others),
             )
         table.add_section()

@@ -64,6 +64,13 @@ def mean_and_error(values: Any) -> tuple[float, float]:
     return float(values.mean()), float(error)
 
 
+def shown(found: tuple[float, float], sign: str = "", digits: int = 4) -> str:
+    """A mean and its error; of one seed only the mean."""
+    mean, error = found
+    text = f"{mean:{sign}.{digits}f}"
+    return text if math.isnan(error) else f"{text} ± {error:.{digits}f}"
+
+
 def difference(row: Row, other: Row | None) -> tuple[float, float] | None:
     """How much larger the test loss is than the other's, by seed, and its error."""
     if other is None or other is row:
@@ -101,8 +108,8 @@ def settings(results: list[dict[str, Any]]) -> list[tuple[str, int, list[Row]]]:
 def print_table(task: str, rank: int, rows: list[Row], console: Console) -> None:
     """A line for each method."""
     seeds = sorted({len(row["runs"][0]["test_loss"]) for row in rows})
-    title = f"{task}, rank {rank}, {rows[0]['steps']} steps, "
-    table = Table(title=f"{title}{'-'.join(map(str, seeds))} seeds")
+    title = f"{task}, rank {rank}, {rows[0]['steps']} steps, seeds: "
+    table = Table(title=title + " to ".join(map(str, seeds)))
     for name in ("method", "rate", "test loss", "accuracy"):
         table.add_column(name, no_wrap=True)
     for name in ("− LoRA", "− LoRA:nesterov", "gap closed", "state kB"):
@@ -116,12 +123,9 @@ def print_table(task: str, rank: int, rows: list[Row], console: Console) -> None
         table.add_row(
             row["method"],
             f"{run['rate']:g}",
-            "{:.4f} ± {:.4f}".format(*mean_and_error(run["test_loss"])),
-            "{:.3f} ± {:.3f}".format(*mean_and_error(run["test_accuracy"])),
-            *(
-                "{:+.4f} ± {:.4f}".format(*x) + marks[sign(x)] if x else "-"
-                for x in compared
-            ),
+            shown(mean_and_error(run["test_loss"])),
+            shown(mean_and_error(run["test_accuracy"]), digits=3),
+            *(shown(x, "+") + marks[sign(x)] if x else "-" for x in compared),
             share_closed(row, nesterov, full),
             f"{run['state_bytes'] / 1e3:.0f}",
         )
