@@ -105,9 +105,10 @@ class Sweeper(NamedTuple):
         return {"runs": sorted(runs.values(), key=lambda run: run["rate"])}
 
 
-def rates_of(recipe: Recipe, *, quick: bool) -> tuple[float, ...]:
+def rates_of(recipe: Recipe, factor: float, *, quick: bool) -> tuple[float, ...]:
     """Where the sweep of a method begins."""
-    rates = [rate for rate in COARSE if recipe.low <= rate <= recipe.high]
+    low, high = (0.9 * factor * recipe.low, 1.1 * factor * recipe.high)
+    rates = [rate for rate in COARSE if low <= rate <= high]
     return tuple(rates[len(rates) // 2 :][:1] if quick else rates)
 
 
@@ -146,7 +147,7 @@ def run_task(name: str, args: argparse.Namespace, console: Console) -> None:
                 continue
             begun = time.time()
             make = lambda rate, recipe=recipe: recipe.make(rate, 1.0)
-            rates = rates_of(recipe, quick=args.quick)
+            rates = rates_of(recipe, sweeper.setting.rates, quick=args.quick)
             title = f"{name}: {method}" + (f", rank {rank}" if rank else "")
             found = sweeper.sweep(
                 Method(method, make, rates, rank, recipe.trains), title

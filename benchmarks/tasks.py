@@ -44,6 +44,7 @@ class Setting(NamedTuple):
       steps: Optimizer steps of one run.
       seeds: Enough for the differences to be seen.
       together: Learning rates that are trained side by side.
+      rates: What the first rates of `benchmarks.methods` are multiplied with.
     """
 
     load: Callable[..., tuple[Task, nnx.State, float]]
@@ -51,6 +52,7 @@ class Setting(NamedTuple):
     steps: int = 400
     seeds: int = 5
     together: int = 8
+    rates: float = 1.0
 
 
 def _pretrained(
@@ -203,5 +205,5 @@ SETTINGS = {
     "fashion": Setting(
         functools.partial(_pretrained, load_fashion, 1000, 3e-3), len(TOPS)
     ),
-    "reviews": Setting(load_reviews, 2, steps=100, together=1),
+    "reviews": Setting(load_reviews, 2, steps=100, together=1, rates=0.1),
 }
