@@ -37,8 +37,8 @@ def main() -> None:
     lora = jacobian @ sizes @ jacobian.T @ GRADIENT
     lora *= 0.8 * np.linalg.norm(closest) / np.linalg.norm(lora)
 
-    figure = plt.figure(figsize=(7.2, 4.4))
-    axes = figure.add_axes((-0.05, -0.25, 1.1, 1.5), projection="3d", proj_type="ortho")
+    figure = plt.figure(figsize=(5.8, 4.4))
+    axes = figure.add_axes((-0.14, -0.25, 1.3, 1.5), projection="3d", proj_type="ortho")
     axes.computed_zorder = False
     grid = np.meshgrid(np.linspace(-0.8, 1.3, 22), np.linspace(-0.75, 1.15, 20))
     axes.plot_wireframe(*surface(*grid), color="0.72", linewidth=0.5, zorder=1)
