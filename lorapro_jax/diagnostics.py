@@ -1,5 +1,7 @@
 """What a step does to the weight, and whether gradients are of one weight at all."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

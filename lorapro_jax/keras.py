@@ -7,6 +7,8 @@
 Nothing here imports Keras.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 

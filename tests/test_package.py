@@ -1,11 +1,13 @@
 """The package as it is installed: its imports, its names, its documentation."""
 
 import importlib.metadata
+import inspect
 import pydoc
 import re
 import subprocess
 import sys
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,39 @@ def test_help_shows_the_public_functions_before_anything_else():
     overview = text[: text.index("PACKAGE CONTENTS")]
     for name in FUNCTIONS | {f"lorapro_jax.{name}" for name in MODULES}:
         assert name in overview, name
+
+
+def public_functions():
+    """Those of the facade and of the public modules, by their full names."""
+    modules = [lorapro_jax, *(getattr(lorapro_jax, name) for name in sorted(MODULES))]
+    return {
+        f"{module.__name__}.{name}": function
+        for module in modules
+        for name in module.__all__
+        if inspect.isfunction(function := getattr(module, name))
+    }
+
+
+def long_annotations(function):
+    """Parameters whose annotation `help()` prints as no name and no short union."""
+    parameters = inspect.signature(function).parameters.values()
+    shown = {x.name: inspect.formatannotation(x.annotation) for x in parameters}
+    return {name: text for name, text in shown.items() if len(text) > 50}
+
+
+@pytest.mark.parametrize("name", public_functions())
+def test_signatures_print_aliases_as_such_and_the_names_in_them_exist(name):
+    function = public_functions()[name]
+    assert long_annotations(function) == {}
+    assert typing.get_type_hints(function).keys() >= {"return"}
+
+
+def test_control_an_alias_that_expands_is_long():
+    def function(scale=1.0): ...
+
+    hints = typing.get_type_hints(lorapro_jax.lorapro)
+    function.__annotations__ = {"scale": hints["scale"]}
+    assert long_annotations(function).keys() == {"scale"}
 
 
 def test_options_of_lorapro_have_to_be_named():

@@ -1,5 +1,7 @@
 """The contract of the initialisers: what one gets, checks and returns."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import operator

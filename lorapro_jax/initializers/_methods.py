@@ -1,5 +1,7 @@
 """The methods, one function each; the notation is that of the room's docstring."""
 
+from __future__ import annotations
+
 import math
 from typing import Literal, TypeAlias
 

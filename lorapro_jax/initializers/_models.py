@@ -1,5 +1,7 @@
 """An initialiser on an NNX model, in place."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

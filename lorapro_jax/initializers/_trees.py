@@ -1,5 +1,7 @@
 """An initialiser on all LoRA pairs of a tree: new factors and base kernels."""
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast

@@ -1,8 +1,9 @@
 """`lorapro_adamw()`: AdamW as full fine-tuning would run it, on LoRA factors.
 
-The direction is a rule's, `FactoredAdam` or `DenseAdam`; learning rate and weight decay
-follow it, as in any Optax chain.
+A rule, `FactoredAdam` or `DenseAdam`, says the direction; rate and decay follow it.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ from ._dense import DenseAdam
 from ._factored import FactoredAdam
 
 Moments: TypeAlias = Literal["factored", "dense"]
-
 DEFAULT_ADAM_DAMPING = 1.0
 
 ScaleByLoRAProAdamState: TypeAlias = OverPairsState

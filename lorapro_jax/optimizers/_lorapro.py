@@ -1,5 +1,7 @@
 """`lorapro()`: LoRA's gradients in, LoRA-Pro's out."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

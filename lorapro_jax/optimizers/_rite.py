@@ -4,6 +4,8 @@ The direction is that of the rule `Rite`; learning rate and weight decay follow 
 in any Optax chain.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias

@@ -1,5 +1,7 @@
 """A table of the pairs in a tree, for people."""
 
+from __future__ import annotations
+
 import itertools
 from typing import Any, TypeAlias, cast
 

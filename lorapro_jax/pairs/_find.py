@@ -4,6 +4,8 @@ It runs while a step is traced, costs nothing in the compiled program, and nothi
 of it is stored in an optimizer's state.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 

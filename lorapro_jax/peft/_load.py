@@ -1,5 +1,7 @@
 """From a PEFT adapter to the factors of a tree."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

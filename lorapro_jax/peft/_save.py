@@ -1,5 +1,7 @@
 """From the factors of a tree to a PEFT adapter."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Ranks for adapters: more where the weights and their gradients are large."""
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,7 @@
 """All LoRA pairs of a tree at other ranks, and the optimizer's state with them."""
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast

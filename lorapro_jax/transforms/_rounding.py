@@ -1,5 +1,7 @@
 """Steps below the rounding of a narrow parameter, taken with the right probability."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple

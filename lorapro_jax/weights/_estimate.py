@@ -1,5 +1,7 @@
 """The mean gradient of the base weights, over a few batches."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Sized

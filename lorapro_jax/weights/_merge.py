@@ -1,5 +1,7 @@
 """Adapters into the base weights: W0 + s B A for every pair of a tree."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 

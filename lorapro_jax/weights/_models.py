@@ -1,5 +1,7 @@
 """NNX models: what they tell of their kernels, and merging in place."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
