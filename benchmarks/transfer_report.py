@@ -7,6 +7,7 @@ full fine-tuning. Where that rate was not measured, it is far from the best of t
 and the regret is read off the nearest that was, which is less than the truth.
 """
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.quality_report import Row, best_run, load
+from benchmarks.quality_report import COLORS, Row, best_run, load
 
 FULL = "full"
 
@@ -55,7 +56,8 @@ def summarise(rows: list[Row]) -> list[dict[str, Any]]:
     full = of_method(rows, FULL)
     full_rate = best_run(full[0])["rate"] if full else None
     lines = []
-    for method in dict.fromkeys(row["method"] for row in rows if row["rank"]):
+    methods = {row["method"] for row in rows if row["rank"]}
+    for method in sorted(methods, key=[*COLORS].index):
         own = of_method(rows, method)
         best = [best_run(row)["rate"] for row in own]
         line = {"method": method, "cells": len(own), "best": [min(best), max(best)]}
@@ -110,51 +112,57 @@ def print_table(lines: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def cell_of(row: Row) -> tuple[bool, int, str, float]:
+    """What tells a line of the picture from another, in their order."""
+    return row["start"] != "LoRA", row["rank"], row["start"], row["scale"]
+
+
+def name_of(cell: tuple[bool, int, str, float]) -> str:
+    """For the axis."""
+    other, rank, start, scale = cell
+    return f"r {rank}, {start}" if other else f"r {rank}, s {Fraction(scale)}"
+
+
 def draw_panel(
-    axes: Any, rows: list[Row], full_rate: float | None, limit: float
+    axes: Any, rows: list[Row], cells: list[Any], rates: list[float], full: float | None
 ) -> Any:
     """A line for each cell, a column for each rate, the colour of the regret."""
-    rates = sorted({run["rate"] for row in rows for run in row["runs"]})
-    grid = np.full((len(rows), len(rates)), np.nan)
-    for i, row in enumerate(rows):
+    grid = np.full((len(cells), len(rates)), np.nan)
+    for row in rows:
+        line = cells.index(cell_of(row))
         for run in row["runs"]:
-            grid[i, rates.index(run["rate"])] = regret(row, run["rate"])
-        axes.plot(rates.index(best_run(row)["rate"]), i, "*", c="k", ms=6)
+            grid[line, rates.index(run["rate"])] = regret(row, run["rate"])
+        axes.plot(rates.index(best_run(row)["rate"]), line, "*", c="k", ms=6)
     image = axes.imshow(
         np.maximum(grid, 1e-3), aspect="auto", cmap="RdYlGn_r",
-        norm=mpl.colors.LogNorm(3e-3, limit),
+        norm=mpl.colors.LogNorm(3e-3, 1.0),
     )  # fmt: skip
     axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates], rotation=90)
-    if full_rate in rates:
-        axes.axvline(rates.index(full_rate), c="k", lw=1, ls=":")
-    axes.set_title(rows[0]["method"], size=10)
-    axes.set_xlabel("peak learning rate")
+    axes.set_yticks(range(len(cells)), [name_of(cell) for cell in cells], size=8)
+    axes.tick_params(labelsize=8)
+    if full in rates:
+        axes.axvline(rates.index(full), c="k", lw=1, ls=":")
+    axes.set_title(rows[0]["method"], size=9)
     return image
 
 
 def save_picture(rows: list[Row], path: Path) -> None:
     """A panel for each method: where its stars line up, the rate transfers."""
     mpl.use("Agg")
-    methods = list(dict.fromkeys(row["method"] for row in rows if row["rank"]))
+    adapted = [row for row in rows if row["rank"]]
+    methods = sorted({row["method"] for row in adapted}, key=[*COLORS].index)
     full = of_method(rows, FULL)
     full_rate = best_run(full[0])["rate"] if full else None
-    most = max(len(of_method(rows, method)) for method in methods)
+    cells = sorted({cell_of(row) for row in adapted})
+    rates = sorted({run["rate"] for row in adapted for run in row["runs"]})
     figure, panels = plt.subplots(
-        1, len(methods), figsize=(2.2 * len(methods) + 2, 0.19 * most + 1.8),
-        layout="constrained", squeeze=False,
+        1, len(methods), figsize=(1.9 * len(methods) + 2, 0.19 * len(cells) + 1.9),
+        layout="constrained", squeeze=False, sharey=True,
     )  # fmt: skip
     for axes, method in zip(panels[0], methods, strict=True):
-        own = of_method(rows, method)
-        image = draw_panel(axes, own, full_rate, 1.0)
-        names = [
-            f"r {row['rank']}, s {row['scale']:g}" if row["start"] == "LoRA"
-            else f"r {row['rank']}, {row['start']}"
-            for row in own
-        ]  # fmt: skip
-        shown = names if axes is panels[0, 0] else [""] * len(names)
-        axes.set_yticks(range(len(names)), shown, size=8)
-    bar = figure.colorbar(image, ax=panels[0, -1], extend="max")
-    bar.set_label("regret, nats (validation loss above the best of the line)", size=8)
+        image = draw_panel(axes, of_method(rows, method), cells, rates, full_rate)
+    figure.supxlabel("peak learning rate", size=9)
+    figure.colorbar(image, ax=panels[0, -1], extend="max").set_label("regret, nats")
     title = "Stars: the best rate of a line. Dotted: full fine-tuning's best rate."
     figure.suptitle(title, size=10)
     figure.savefig(path, dpi=110)
