@@ -106,8 +106,13 @@ def refused(folder, match, tree, **options):
 
 def option_in(message, option):
     """The value that a message says to pass, read as Python."""
-    value = re.search(rf"`{option}=([{{'].+?)`", message)[1]
+    value = part_of(message, rf"`{option}=([{{'].+?)`")
     return ast.literal_eval(value.replace(", ...", ""))
+
+
+def part_of(message, pattern):
+    (found,) = re.findall(pattern, message)
+    return found
 
 
 def beside(folder):
@@ -310,8 +315,8 @@ def test_dense_layers_that_peft_takes_for_experts_go_out_as_parameters(tmp_path)
     save("plain", "mlp.down_proj", model=other)  # control
     with pytest.raises(ValueError, match="'qwen3_moe', PEFT on transformers 5") as e:
         save("x", "mlp.down_proj", model=model)
-    name = re.search(r"`([\w.]+)` in `module_names=`", str(e.value))[1]
-    parameter = re.search(r"'([\w.]+)' in `target_parameters=`", str(e.value))[1]
+    name = part_of(str(e.value), r"`([\w.]+)` in `module_names=`")
+    parameter = part_of(str(e.value), r"'([\w.]+)' in `target_parameters=`")
     save("good", name, model=model, target_parameters=(parameter,))
     tensors, config = read(tmp_path / "good")
     assert config["target_parameters"] == ["mlp.down_proj.weight"]
