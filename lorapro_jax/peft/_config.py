@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ._refused import check_config, check_targets
+from ._refused import check_config
+from ._targeted import check_given
 
 # What PEFT writes for an adapter that is LoRA and nothing else.
 _FIXED = {
@@ -54,7 +55,7 @@ def peft_config(
       rslora: Whether PEFT is to divide alpha by the square root of the rank.
       parameters: Those among the names that are parameters.
       beside: `bias` and `modules_to_save`, for what the file has beside the factors.
-      extra: More entries, as the user gave them.
+      extra: More entries, as `read_entries` returns them.
 
     Raises:
       ValueError: `extra` has an entry that follows from the tree, or one with which
@@ -89,7 +90,7 @@ def peft_config(
         check_config(config)
     except ValueError as error:
         raise ValueError(f"`config` would make another adapter: {error}.") from None
-    check_targets(extra, found["target_modules"])
+    check_given(extra, found["target_modules"])
     return config
 
 

@@ -7,16 +7,17 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from .._checks import compiled
+from .._checks import close_to, compiled
 from ._arrays import sides
+from ._beside import Saved, beside_config, extra_key
 from ._config import Numbers, most_common
-from ._extra import Extra, beside_config, extra_key, to_torch
+from ._extra import Extra, to_torch
 from ._keys import file_keys
 from ._matrices import Layer, pad_rank, times, to_tensors
 from ._names import is_embedding, layer_path
 from ._original import append_initial
 from ._parameters import Parameters, wrapping_modules
-from ._targets import Target
+from ._targets import Target, wrapped_modules
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -48,6 +49,20 @@ class Kinds(NamedTuple):
         """Whether the layer of a pair is an embedding."""
         named = self.embedding and self.embedding.search(layer_path(target.pair))
         return bool(named) or is_embedding(target.pair)
+
+    def check(self, targets: Sequence[Target], extras: Sequence[Extra]) -> None:
+        """Raises ValueError for a regex that no layer matches."""
+        layers = [layer_path(target.pair) for target in targets]
+        others = [extra.path.rpartition("/")[0] for extra in extras]
+        for option, regex, paths in (
+            ("conv", self.conv, [*layers, *others]),
+            ("embedding", self.embedding, layers),
+        ):
+            if regex and not any(map(regex.search, paths)):
+                raise ValueError(
+                    f"`{option}={regex.pattern!r}` is found in the path of no layer. "
+                    f"{close_to(regex.pattern, paths)} Correct it, or leave it out."
+                )
 
 
 class Contents(NamedTuple):
@@ -81,6 +96,7 @@ def collect(
     before: Arrays | None,
     kinds: Kinds,
     parameters: Parameters,
+    saved: Saved,
     uniform: bool,
 ) -> Contents:
     """Everything of a tree as PyTorch has it.
@@ -93,12 +109,12 @@ def collect(
         weights; else None.
       kinds: Which layers are convolutions or embeddings.
       parameters: The order of parameters.
+      saved: The modules that PEFT saves whole.
       uniform: Whether all modules get one rank and one scale.
     """
     named = [x for t in targets if t.naming.is_parameter for x in t.names]
-    wrapped = Counter(x.rpartition(".")[0] for x in named)
-    wrapped.update(x for t in targets if not t.naming.is_parameter for x in t.names)
-    found = Contents({}, {}, named, beside_config(extras, wrapped))
+    wrapped = Counter(wrapped_modules(targets))
+    found = Contents({}, {}, named, beside_config(extras, wrapped, saved))
     common = _common(targets, before is not None) if uniform else None
     wrappers = wrapping_modules(named, parameters, named)
     for target in targets:
@@ -112,9 +128,10 @@ def collect(
     for extra in extras:
         x = _finite(extra.path, arrays[extra.path])
         conv = kinds.is_conv(extra.path.rpartition("/")[0])
-        for index, name in extra.names.items():
-            weight = to_torch(x[index], extra, conv=conv)
-            found.tensors[extra_key(name, wrapped)] = weight
+        for index, places in extra.places.items():
+            for place in places:
+                weight = to_torch(x[index], extra, place, conv=conv)
+                found.tensors[extra_key(place.name, wrapped)] = weight
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..algebra._axes import Shape
 from ._arrays import feature_shapes
 from ._config import Numbers
-from ._extra import Extra, from_torch, torch_shape
+from ._extra import Extra, Place, from_torch, torch_shape
 from ._files import Adapter
 from ._keys import PREFIX, Keys, find_keys
 from ._matrices import Layer, from_tensors, join_shared, tensor_shapes, times
@@ -72,12 +72,11 @@ def check_entries(
             if not (wrong or resize):
                 problems.ranks += _wrong_rank(source, target, index)
     for extra in extras:
-        keys = [source.keys.others.get(x, PREFIX + x) for x in extra.names.values()]
-        due.update(keys)
-        problems.missing += [key for key in keys if key not in tensors]
-        for key in (key for key in keys if key in tensors):
-            shapes = [torch_shape(extra)]
-            problems.wrong += _bad_array(key, tensors[key], shapes, extra.path)
+        for places in extra.places.values():
+            keys = [source.keys.others.get(x, PREFIX + x) for x, _ in places]
+            due.update(keys)
+            problems.missing += [key for key in keys if key not in tensors]
+            problems.wrong += _wrong_extra(source, extra, places, keys)
     modules = {source.wrappers.get(x, x) for target in targets for x in target.names}
     factors = set(source.keys.factors.values())
     for key in sorted(source.keys.own - due):
@@ -105,9 +104,10 @@ def read_factors(source: Source, target: Target) -> list[np.ndarray]:
 
 def read_extra(source: Source, extra: Extra) -> np.ndarray:
     """A leaf that is no factor, in the axes of the tree."""
+    firsts = [places[0] for places in extra.places.values()]
     found = [
-        from_torch(source.adapter.tensors[source.keys.others[name]], extra)
-        for name in extra.names.values()
+        from_torch(source.adapter.tensors[source.keys.others[x.name]], extra, x)
+        for x in firsts
     ]
     return np.stack(found).reshape(extra.shape)
 
@@ -188,6 +188,25 @@ def _differences(source: Source, target: Target, name: str) -> Iterator[str]:
     ):
         found = source.adapter.tensors[key]
         yield from _bad_array(key, found, allowed, path)
+
+
+def _wrong_extra(
+    source: Source, extra: Extra, places: Sequence[Place], keys: Sequence[str]
+) -> Iterator[str]:
+    """What is wrong with the entries that are to be one leaf."""
+    found = source.adapter.tensors
+    here = [
+        (key, place) for key, place in zip(keys, places, strict=True) if key in found
+    ]
+    for key, place in here:
+        yield from _bad_array(key, found[key], [torch_shape(extra, place)], extra.path)
+    values = [(key, found[key].T if x.turned else found[key]) for key, x in here]
+    for key, x in values[1:]:
+        if not np.array_equal(x, values[0][1]):
+            yield (
+                f"`{key}` and `{values[0][0]}` have other values, and are one leaf in "
+                f"the tree, `{extra.path}`"
+            )
 
 
 def _bad_array(

@@ -1,12 +1,12 @@
-"""What a file has beside the factors: trained biases, heads, whole layers.
+"""Leaves of a tree that are no factors, and what PyTorch calls them.
 
 PEFT loads every weight that it finds in a file. It saves biases by `bias`, and the
-layers of `modules_to_save`.
+layers of `modules_to_save` (`_beside`).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +14,24 @@ import numpy as np
 from .._checks import close_to, compiled
 from ..algebra._axes import Shape
 from ..pairs._leaves import Leaf, index_leaves
-from ._keys import PREFIX
-from ._templates import Index, fill_in, is_name, places_of
+from ._templates import Index, check_plain, fill_in, is_name, places_of
+
+ExtraSpec: TypeAlias = Mapping[str, str | tuple[str, ...]]
+"""From a regex on the path of a leaf to its name in PyTorch, or several names."""
+
+_TURNED = ".T"  # behind a name: PyTorch has the weight the other way round
+
+
+class Place(NamedTuple):
+    """A parameter in PyTorch.
+
+    Attributes:
+      name: What it is called.
+      turned: Whether it is the transpose of what a layer of its kind usually has.
+    """
+
+    name: str
+    turned: bool = False
 
 
 class Extra(NamedTuple):
@@ -24,18 +40,23 @@ class Extra(NamedTuple):
     Attributes:
       path: The path of the leaf.
       shape: Its shape.
-      names: The parameter in PyTorch for each position on its leading axes; those of
-        one layer by `()`.
+      places: The parameters in PyTorch for each position on its leading axes, those of
+        one layer by `()`: one, or several that have the same value.
     """
 
     path: str
     shape: Shape
-    names: Mapping[Index, str]
+    places: Mapping[Index, tuple[Place, ...]]
+
+    @property
+    def names(self) -> list[str]:
+        """All parameters."""
+        return [place.name for places in self.places.values() for place in places]
 
     @property
     def inner(self) -> Shape:
         """The shape for one name."""
-        return self.shape[len(next(iter(self.names))) :]
+        return self.shape[len(next(iter(self.places))) :]
 
     @property
     def is_kernel(self) -> bool:
@@ -49,7 +70,7 @@ class Extra(NamedTuple):
 
 
 def find_extra(
-    tree: Any, spec: Mapping[str, str] | None, factors: Iterable[str]
+    tree: Any, spec: ExtraSpec | None, factors: Iterable[str]
 ) -> list[Extra]:
     """The leaves that `extra=` names.
 
@@ -83,61 +104,42 @@ def find_extra(
         for given, pattern in patterns.items():
             if match := pattern.fullmatch(path):
                 shape = _floating(path, leaves[path])
-                names = _names(path, shape, spec[given], match)
-                _check_names(path, names, owners)
-                found.append(Extra(path, shape, names))
+                extra = Extra(path, shape, _places(path, shape, spec[given], match))
+                _check_names(extra, owners)
+                found.append(extra)
                 break
     return found
 
 
-def to_torch(x: np.ndarray, extra: Extra, *, conv: bool) -> np.ndarray:
+def to_torch(x: np.ndarray, extra: Extra, place: Place, *, conv: bool) -> np.ndarray:
     """One weight as PyTorch has it: kernels with their outputs first, biases flat."""
     if not extra.is_kernel:
-        return x.ravel() if extra.is_bias else x
-    if x.ndim != 2 and not conv:
+        x = x.ravel() if extra.is_bias else x
+    elif x.ndim != 2 and not conv:
         raise ValueError(
             f"`{extra.path}` is a kernel of shape {x.shape}. `extra=` takes (in, out), "
             "and (*window, in, out) where `conv=` says that it is a convolution: "
             "reshape it first."
         )
-    return np.moveaxis(x, (-1, -2), (0, 1))
+    else:
+        x = np.moveaxis(x, (-1, -2), (0, 1))
+    return x.T if place.turned else x
 
 
-def from_torch(x: np.ndarray, extra: Extra) -> np.ndarray:
+def from_torch(x: np.ndarray, extra: Extra, place: Place) -> np.ndarray:
     """The inverse of `to_torch`."""
+    x = x.T if place.turned else x
     return np.moveaxis(x, (0, 1), (-1, -2)) if extra.is_kernel else x
 
 
-def torch_shape(extra: Extra) -> Shape:
+def torch_shape(extra: Extra, place: Place) -> Shape:
     """The shape of one weight in PyTorch."""
-    inner = extra.inner
+    shape = extra.inner
     if extra.is_kernel:
-        return (*reversed(inner[-2:]), *inner[:-2])
-    return (math.prod(inner),) if extra.is_bias else inner
-
-
-def extra_key(name: str, wrapped: Mapping[str, int]) -> str:
-    """What a file calls a weight: PEFT wraps the layers with factors.
-
-    Args:
-      name: The parameter in PyTorch.
-      wrapped: How often PEFT wraps each of these modules.
-    """
-    module, _, last = name.rpartition(".")
-    return f"{PREFIX}{module}{'.base_layer' * wrapped.get(module, 0)}.{last}"
-
-
-def beside_config(
-    extras: Sequence[Extra], wrapped: Mapping[str, int]
-) -> dict[str, Any]:
-    """The entries `bias` and `modules_to_save` of the configuration."""
-    names = [x.rpartition(".")[::2] for e in extras for x in e.names.values()]
-    kept = {module for module, last in names if last != "bias"} - wrapped.keys()
-    biases = {module for module, last in names if last == "bias"} - kept
-    kind = "none"
-    if biases:
-        kind = "lora_only" if biases <= wrapped.keys() else "all"
-    return {"bias": kind, "modules_to_save": sorted(kept) or None}
+        shape = (*reversed(shape[-2:]), *shape[:-2])
+    elif extra.is_bias:
+        shape = (math.prod(shape),)
+    return shape[::-1] if place.turned else shape
 
 
 def _floating(path: str, leaf: Leaf) -> Shape:
@@ -151,27 +153,43 @@ def _floating(path: str, leaf: Leaf) -> Shape:
     return leaf.shape
 
 
-def _names(path: str, shape: Shape, template: Any, match: Any) -> dict[Index, str]:
-    depth = len(places_of(template)) if isinstance(template, str) else 0
+def _places(
+    path: str, shape: Shape, given: Any, match: Any
+) -> dict[Index, tuple[Place, ...]]:
+    """The parameters of each position on the leading axes."""
+    templates = given if isinstance(given, tuple | list) and given else (given,)
+    depths = [len(places_of(x)) if isinstance(x, str) else 0 for x in templates]
     try:
+        depth = max(depths)
         if depth > len(shape):
             raise ValueError(f"has {depth} places for the {len(shape)} axes of it.")
         return {
-            index: fill_in(template, match, index)
+            index: tuple(_place(fill_in(x, match, index)) for x in templates)
             for index in np.ndindex(*shape[:depth])
         }
     except ValueError as error:
         raise ValueError(
-            f"The name {template!r} that `extra=` has for `{path}` {error}"
+            f"The name {given!r} that `extra=` has for `{path}` {error}"
         ) from None
 
 
-def _check_names(path: str, names: Mapping[Index, str], owners: dict[str, str]) -> None:
-    for name in names.values():
+def _place(name: str) -> Place:
+    return Place(name.removesuffix(_TURNED), name.endswith(_TURNED))
+
+
+def _check_names(extra: Extra, owners: dict[str, str]) -> None:
+    path = extra.path
+    for name, turned in (x for places in extra.places.values() for x in places):
         if not is_name(name) or "." not in name:
             raise ValueError(
                 f"`{path}` would have the PyTorch name {name!r}. Give it that of a "
                 "parameter with `extra=`, such as 'classifier.weight'."
+            )
+        check_plain(path, name, "extra")
+        if turned and len(extra.inner) != 2:
+            raise ValueError(
+                f"`{path}` has shape {extra.inner} for {name!r}, and the `.T` behind "
+                "that name is for weights of two axes. Leave `.T` out."
             )
         if name in owners:
             raise ValueError(

@@ -23,6 +23,7 @@ from ._tensors import read_tensors, safetensors_package
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _NUMBERS = "lora_modules"  # our entry of the metadata
+_DAMAGE = ArithmeticError, AttributeError, RecursionError, TypeError, ValueError
 _LEFTOVER = re.compile(
     rf"\.(?:{re.escape(WEIGHTS)}|{re.escape(CONFIG)})-[0-9a-f]{{32}}"
 )
@@ -132,7 +133,7 @@ def _read_numbers(path: Path, metadata: Mapping[str, str]) -> dict[str, Numbers]
             str(name): Numbers(int(rank), float(scale))
             for name, (rank, scale) in found.items()
         }
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except _DAMAGE as error:
         raise ValueError(
             f"The entry {_NUMBERS!r} of the metadata of `{path}` is damaged: {error}."
         ) from None

@@ -111,15 +111,17 @@ def _choose(found: set[str | None], adapter: str | None) -> str | None:
     """The adapter to read."""
     names = sorted(x for x in found if x is not None)
     if adapter is None and len(found) > 1:
+        nameless = " and one without a name, `adapter=''`" if None in found else ""
         raise ValueError(
-            f"it holds the adapters {names}"
-            f"{' and one without a name' if None in found else ''}. Say which one with "
-            "`adapter=`"
+            f"it holds the adapters {names}{nameless}. Say which one with `adapter=`"
         )
-    if adapter is not None and adapter not in names:
+    if adapter is None:
+        return next(iter(found), None)
+    chosen = None if adapter == "" else adapter
+    if chosen not in found:
         there = f"those of {names}" if names else "no name of an adapter in its keys"
         raise ValueError(f"it has {there}, not `adapter={adapter!r}`")
-    return adapter if adapter is not None else next(iter(found), None)
+    return chosen
 
 
 def _put(found: dict[Any, str], name: Any, key: str) -> None:

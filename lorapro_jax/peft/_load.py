@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +17,13 @@ from ..pairs._leaves import index_leaves
 from ..pairs._scale import ScaleSpec
 from ._config import numbers_by
 from ._entries import Source, check_entries, read_extra, read_factors
-from ._extra import Extra, find_extra
+from ._extra import Extra, ExtraSpec, find_extra
 from ._files import check_numbers, read_adapter
 from ._keys import read_keys
 from ._names import NamesSpec
 from ._parameters import read_parameters, wrapping_modules
 from ._refused import check_config
+from ._targeted import check_dropped
 from ._targets import Target, find_targets
 
 Tree = TypeVar("Tree")
@@ -39,7 +40,7 @@ def load_peft_adapter(
     stack_axis: int | Sequence[int] | None = None,
     module_names: NamesSpec = None,
     target_parameters: Sequence[str] | None = None,
-    extra: Mapping[str, str] | None = None,
+    extra: ExtraSpec | None = None,
     adapter: str | None = None,
     resize: bool = False,
     ignore: str | None = None,
@@ -73,9 +74,10 @@ def load_peft_adapter(
         can be with `resize=True`.
       target_parameters: See `save_peft_adapter`.
       extra: See `save_peft_adapter`: the leaves that get the file's biases, heads and
-        other weights (`modules_to_save`).
+        other weights (`modules_to_save`). A leaf with several names needs all of them
+        in the file, with one value: PEFT unties an embedding that it saved alone.
       adapter: Which adapter to read, where the file has several: the name in its keys,
-        as `default` of `lora_A.default.weight`.
+        as `default` of `lora_A.default.weight`; `""` for the one without a name.
       resize: Whether layers of another rank than the tree's are brought to it: the
         closest product of a lower rank, or the product itself, with new directions that
         have a B of 0. `resize_adapters` does the same, and tells what is lost.
@@ -91,10 +93,10 @@ def load_peft_adapter(
       FileNotFoundError: A file of the adapter is missing.
       ValueError: A damaged file, or a configuration of other weights; an adapter that
         is more than LoRA factors (DoRA) or changes the base weights (PiSSA); several
-        adapters and no choice; layers, ranks or shapes that are not those of the
-        template, or tensors that are not finite, listed in one message; a factor that
-        overflows the dtype of the template; no pair in the template, or what
-        `find_pairs` raises; a bad regex.
+        adapters and no choice; factors that the configuration leaves out; layers, ranks
+        or shapes that are not those of the template, or tensors that are not finite,
+        listed in one message; a factor that overflows the dtype of the template; no
+        pair in the template, or what `find_pairs` raises; a bad regex.
       ImportError: safetensors is not installed.
     """
     ignored = None if ignore is None else compiled(ignore, "ignore")
@@ -121,6 +123,8 @@ def load_peft_adapter(
         wrappers = wrapping_modules(named, parameters, adapted)
         source = Source(found, keys, wrappers, numbers_by(found.config))
         check_entries(source, targets, extras, ignored, resize=resize)
+        modules = (t for t in targets if not t.naming.is_parameter)
+        check_dropped(found.config, (x for t in modules for x in t.names))
         return _filled(template, source, targets, extras)
     except ValueError as error:
         raise ValueError(f"`{os.fspath(path)}` cannot be loaded: {error}") from None

@@ -1,126 +1,206 @@
-"""The names that a base model in PyTorch has, to check ours against."""
+"""Names, kinds and shapes of an adapter, checked against its base model.
 
-import json
-import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypeAlias
+PEFT says nothing of a factor or a weight whose name the model lacks, nor of an
+embedding's factors in a linear layer: what was trained there is lost.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from .._checks import close_to
-from ._tensors import safetensors_package
+from ._base import Base
+from ._beside import Saved, prefixes
+from ._contents import Kinds
+from ._extra import Extra, torch_shape
+from ._names import layer_path
+from ._targets import Target
 
-ModelSpec: TypeAlias = str | os.PathLike[str] | Iterable[str]
-"""A folder or `config.json` of transformers, or the names of all weights."""
+# PEFT on transformers 5 takes targets with these ends for experts, in models of these
+# families (`_MOE_TARGET_MODULE_MAPPING` and `_MODEL_TO_CONVERSION_PATTERN` of 5.12).
+_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+_FAMILIES = frozenset(
+    {
+        "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1",
+        "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite",
+        "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
+        "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker",
+        "solar_open",
+    }
+)  # fmt: skip
+_PASS = (
+    "If PyTorch has another model than `model=` tells of, pass that itself, "
+    "`model=torch_model`, or its state dict."
+)
 
 
-def check_names(model: ModelSpec, names: Mapping[str, str]) -> None:
-    """Raises ValueError where the base model has no module or parameter of a name.
+def check_model(
+    base: Base,
+    targets: Sequence[Target],
+    extras: Sequence[Extra],
+    kinds: Kinds,
+    saved: Saved,
+) -> None:
+    """Raises ValueError where PEFT would lose a part of an adapter, or not load it.
 
     Args:
-      model: The base model.
-      names: The path of the pair of each PyTorch name.
+      base: What is known of the base model.
+      targets: The pairs.
+      extras: The leaves beside them.
+      kinds: Which layers are said to be convolutions or embeddings.
+      saved: The modules that PEFT saves whole.
     """
-    known = _with_modules(_weights(model))
-    lacking = [name for name in names if name not in known]
-    if lacking and isinstance(model, str | os.PathLike):
-        # A file may call weights as an older version of the model did, and leaves out
-        # those that are tied to others.
-        known |= _with_modules(_built(Path(model), needed=False))
-        lacking = [name for name in names if name not in known]
-    if lacking:
-        name = lacking[0]
-        more = f" (and {len(lacking) - 1} more like it)" if lacking[1:] else ""
+    _check_names(base, targets)
+    for target in targets:
+        for name in () if target.naming.is_parameter else target.names:
+            _check_kind(target, name, base.kinds.get(name), kinds)
+            _check_family(target, name, base.family)
+    for extra in extras:
+        _check_extra(base, extra)
+        _check_tied(base, extra, saved)
+    _check_whole(base, saved, {name for extra in extras for name in extra.names})
+
+
+def _check_names(base: Base, targets: Sequence[Target]) -> None:
+    """That the model has all modules and parameters with factors."""
+    holders = {name.rpartition(".")[0] for name in base.shapes if _is_matrix(name)}
+    lacking = [
+        (target, name)
+        for target in targets
+        for name in target.names
+        if name not in (base.shapes if target.naming.is_parameter else holders)
+    ]
+    if not lacking:
+        return
+    target, name = lacking[0]
+    more = f" (and {len(lacking) - 1} more like it)" if lacking[1:] else ""
+    what = "parameter" if target.naming.is_parameter else "module with a weight"
+    raise ValueError(
+        f"`module_names=` gives `{target.pair.a}` the PyTorch name {name!r}{more}, "
+        f"a {what} which `model=` does not have. "
+        f"{_close(name, base.shapes if target.naming.is_parameter else holders)} "
+        f"{_PASS}"
+    )
+
+
+def _is_matrix(name: str) -> bool:
+    """Whether a weight is one of a layer that may have factors, perhaps quantised."""
+    return name.rpartition(".")[2] in ("weight", "qweight")
+
+
+def _check_kind(target: Target, name: str, kind: str | None, kinds: Kinds) -> None:
+    """That the layer is what `conv=` and `embedding=` say."""
+    path = layer_path(target.pair)
+    for option, found, said in (
+        ("embedding", kind == "embedding", kinds.is_embedding(target)),
+        ("conv", kind == "convolution", kinds.is_conv(path)),
+    ):
+        if not kind or found == said or (option == "conv" and not found):
+            continue
         raise ValueError(
-            f"`module_names=` gives `{names[name]}` the PyTorch name {name!r}{more}, "
-            f"which `model=` does not have. {close_to(name, sorted(known))}"
-        )
-
-
-def _with_modules(weights: Iterable[str]) -> set[str]:
-    """All weights, and the modules that they are in."""
-    found: set[str] = set()
-    for weight in weights:
-        while weight and weight not in found:
-            found.add(weight)
-            weight = weight.rpartition(".")[0]
-    return found
-
-
-def _weights(model: ModelSpec) -> set[str]:
-    """The names of the weights."""
-    if not isinstance(model, str | os.PathLike):
-        names = set(model)
-        if not names or not all(isinstance(x, str) for x in names):
-            raise ValueError(
-                "`model=` has to be a folder or a config.json of transformers, or the "
-                "names of all weights, as `list(model.state_dict())` has them."
+            f"`{target.pair.a}` is of `{name}`, a {kind} in PyTorch, and "
+            + (
+                f"`{option}=` does not say so: pass `{option}={_regex(path)!r}`, with "
+                "the others behind `|`."
+                if found
+                else "its factors are said to be of an embedding, by "
+                "`embedding=` or by their names. Correct its name in `module_names=`, "
+                "or `embedding=`."
             )
-        return names
-    path = Path(model)
-    if not path.exists():
-        raise ValueError(
-            f"`model={os.fspath(model)!r}` does not exist. It is a folder or a "
-            "config.json; nothing is downloaded."
         )
-    return _saved(path) if path.is_dir() else _built(path)
 
 
-def _saved(folder: Path) -> set[str]:
-    """The names in a folder's weights, or those that its configuration leads to."""
-    found: set[str] = set()
-    for index in folder.glob("*.index.json"):
-        found |= set(_read(index).get("weight_map", {}))
-    safetensors = safetensors_package()
-    for file in () if found else folder.glob("*.safetensors"):
-        try:
-            with safetensors.safe_open(file, framework="np") as opened:
-                found |= set(opened.keys())
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"`{file}` of `model=` is damaged: {error}.") from None
-    return found or _built(folder)
+def _regex(path: str) -> str:
+    return f"^{re.escape(path)}$"
 
 
-def _built(path: Path, *, needed: bool = True) -> set[str]:
-    """The names in the model of a configuration, built without memory for weights.
-
-    Args:
-      path: The configuration, or the folder with it.
-      needed: Whether nothing else is known of the model; else it may be empty.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        if not needed:
-            return set()
-        raise ValueError(f"`model={os.fspath(path)!r}` has no weights and no config.")
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        if not needed:
-            return set()
-        raise ImportError(
-            "To know a model by its config.json needs transformers and PyTorch: `pip "
-            "install 'lorapro_jax[torch]'`. Or pass the names of its weights."
-        ) from None
-    kinds = _read(file).get("architectures") or []
-    kind = getattr(transformers, kinds[0], None) if kinds else None
-    if kind is None:
-        if not needed:
-            return set()
+def _check_family(target: Target, name: str, family: str | None) -> None:
+    """That PEFT does not take a layer for experts."""
+    last = name.rpartition(".")[2]
+    if family in _FAMILIES and last in _EXPERTS:
         raise ValueError(
-            f"`{file}` has architectures {kinds}, none of transformers. Pass the names "
-            "of the weights, `model=list(model.state_dict())`."
+            f"In models of the type {family!r}, PEFT on transformers 5 takes `{name}` "
+            "for experts and drops the factors of the module. Adapt its weight as a "
+            f"parameter: the name `{name}.weight` in `module_names=`, and "
+            f"'{last}.weight' in `target_parameters=`."
         )
-    config = transformers.AutoConfig.from_pretrained(file)
-    with torch.device("meta"):
-        return set(kind(config).state_dict())
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-        raise ValueError("it is no object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`{file}` of `model=` cannot be read: {error}.") from None
+def _check_extra(base: Base, extra: Extra) -> None:
+    """That a weight beside the factors is one of the model's, of its shape."""
+    for place in (x for places in extra.places.values() for x in places):
+        if place.name not in base.shapes:
+            raise ValueError(
+                f"`extra=` gives `{extra.path}` the PyTorch name {place.name!r}, which "
+                f"`model=` does not have. {_close(place.name, base.shapes)} {_PASS}"
+            )
+        due, found = base.shapes[place.name], torch_shape(extra, place)
+        kind = base.kinds.get(place.name.rpartition(".")[0])
+        turned = kind == "Conv1D" and len(found) == 2
+        if kind and extra.is_kernel and turned != place.turned:
+            raise ValueError(
+                f"`{extra.path}` is a kernel for `{place.name}`, a {kind} in PyTorch, "
+                "which has its weight as "
+                + (
+                    "(in, out): put `.T` behind its name"
+                    if turned
+                    else "(out, in): leave `.T` out of its name"
+                )
+                + " in `extra=`."
+            )
+        if due is not None and due != found:
+            raise ValueError(
+                f"`{extra.path}` would be `{place.name}` of shape {found}, which is "
+                f"{due} in `model=`. Correct the name in `extra=`; `.T` behind it is "
+                "for the transpose."
+            )
+
+
+def _check_tied(base: Base, extra: Extra, saved: Saved) -> None:
+    """That a weight which the model has twice goes out twice."""
+    for places in extra.places.values():
+        names = [x.name for x in places]
+        for group in base.tied:
+            lacking = [x for x in group if x not in names]
+            if lacking and any(x in group and saved.covers(x) for x in names):
+                raise ValueError(
+                    f"`{extra.path}` is {names} in `extra=`, which PyTorch ties to "
+                    f"{lacking}. PEFT unties what it saves, and these would keep their "
+                    f"old values. Give all names: `extra={{{_regex(extra.path)!r}: "
+                    f"{group}, ...}}`."
+                )
+
+
+def _check_whole(base: Base, saved: Saved, names: set[str]) -> None:
+    """That the file has all weights of the modules that PEFT saves whole."""
+    modules = base.kinds.keys() or {
+        x for name in base.shapes for x in [*prefixes(name)][:-1]
+    }
+    whole = sorted(x for x in modules if x.endswith(saved.ends))
+    for module in whole:
+        lacking = [
+            x for x in base.shapes if x.startswith(f"{module}.") and x not in names
+        ]
+        if lacking:
+            raise ValueError(
+                f"PEFT saves modules whose names end in {list(saved.ends)}, and so "
+                f"`{module}`, and wants all weights of it: {lacking} are not in "
+                "`extra=`. Name these too, with their old values where they did not "
+                "train."
+                + (
+                    " Or leave `task_type` out of `config`, if none of them trained."
+                    if module.endswith(saved.heads)
+                    else ""
+                )
+            )
+        inside = [x for x in whole if x.startswith(f"{module}.")]
+        if inside:
+            raise ValueError(
+                f"PEFT saves modules whose names end in {list(saved.ends)}: `{module}` "
+                f"and {inside} in it once more, which it cannot load. Leave the "
+                f"weights of `{module}` out of `extra=`."
+            )
+
+
+def _close(name: str, names: Iterable[str] | Mapping[str, Any]) -> str:
+    return close_to(name, sorted(names))

@@ -15,7 +15,15 @@ from ..algebra._axes import Shape
 from ..pairs._axes import LoRAPair
 from ..pairs._names import parse_factor_name
 from ._parameters import Parameters
-from ._templates import Index, Template, as_several, fill_in, is_name, places_of
+from ._templates import (
+    Index,
+    Template,
+    as_several,
+    check_plain,
+    fill_in,
+    is_name,
+    places_of,
+)
 
 NamesSpec: TypeAlias = Mapping[str, Template] | Callable[[LoRAPair], Template] | None
 """`{regex: template}` on the path of the layer, or a function of the pair."""
@@ -124,7 +132,10 @@ def _name_pair(
     modules = {}
     for full in np.ndindex(*(1 if i == experts else x for i, x in enumerate(stack))):
         index = tuple(x for i, x in enumerate(full) if i != experts)
-        modules[index] = tuple(_checked(pair, fill(x, full)) for x in templates)
+        filled = [_checked(pair, fill(x, full)) for x in templates]
+        for name in () if is_parameter else filled:
+            _check_module(pair, name)
+        modules[index] = tuple(filled)
     swapped = any(kind in parameters.swapped for kind in kinds)
     return Naming(modules, given, experts, is_parameter, swapped)
 
@@ -180,7 +191,20 @@ def _checked(pair: LoRAPair, name: str) -> str:
             "top of a dict, `{'(.*)': r'model.\\1'}` with a raw string where there are "
             "groups, or a function of the pair."
         )
+    check_plain(pair.a, name, "module_names")
     return name
+
+
+def _check_module(pair: LoRAPair, name: str) -> None:
+    """Raises ValueError for a weight's name where a module's is due."""
+    module, _, last = name.rpartition(".")
+    if last in ("weight", "bias"):
+        raise ValueError(
+            f"The layer of `{pair.a}` would have the PyTorch name {name!r}, which is "
+            f"no module's. Leave `.{last}` out of it, so that it is {module!r}; for a "
+            "weight that PEFT is to adapt as a parameter there is "
+            "`target_parameters=`."
+        )
 
 
 def _same_name(name: str, owner: str, pair: LoRAPair, stack: Shape) -> str:

@@ -8,6 +8,8 @@ its entries are called `experts.base_layer.lora_A.weight`, with no name of a par
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from .._checks import close_to
+
 
 class Parameters(NamedTuple):
     """The user's `target_parameters=`.
@@ -42,6 +44,19 @@ def read_parameters(given: Sequence[str] | None) -> Parameters:
     order = tuple(x.removesuffix(".T") for x in names)
     swapped = frozenset(x.removesuffix(".T") for x in names if x.endswith(".T"))
     return Parameters(order, swapped)
+
+
+def check_used(parameters: Parameters, names: Sequence[str]) -> None:
+    """Raises ValueError where no name ends with any entry.
+
+    One of several may be unused: they say in which order a module has them.
+    """
+    if parameters.order and not any(map(parameters.entry_of, names)):
+        raise ValueError(
+            f"`target_parameters=` has {list(parameters.order)}, and no name of "
+            f"`module_names=` ends so. {close_to(parameters.order[0], names)} Correct "
+            "it, or leave it out."
+        )
 
 
 def is_end_of(end: str, name: str) -> bool:

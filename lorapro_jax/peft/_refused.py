@@ -5,7 +5,7 @@ it is false, empty or null, and lower-cases names of initialisers.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ _HARMLESS = frozenset(
 _STARTS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LARGEST = float(np.finfo(np.float32).max)
+_HIGHEST = 2**31 - 1  # of a rank, as axes of arrays have them
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -78,38 +79,18 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_numbers(config)
 
 
-def check_targets(config: Mapping[str, Any], modules: Sequence[str]) -> None:
-    """Raises ValueError where PEFT would leave out a module of the file.
-
-    Args:
-      config: What the user has in it.
-      modules: The modules that the file has factors of; no parameters.
-    """
-    for option in ("layers_to_transform", "layers_pattern"):
-        if config.get(option) is not None:
-            raise ValueError(
-                f"`config` has `{option}`, which chooses layers; these follow from the "
-                "factors. Leave it out."
-            )
-    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
-    for name in modules:
-        if (targets is not None and not _is_among(targets, name)) or (
-            excluded and _is_among(excluded, name, everything=False)
-        ):
-            raise ValueError(
-                f"`target_modules` and `exclude_modules` of `config` leave out "
-                f"`{name}`, so that PEFT would drop its factors without a word. Leave "
-                "them out, and they are worked out."
-            )
-
-
 def _check_start(value: Any) -> None:
     start = str(value).lower()
     if start.startswith(_CHANGE_BASE):
+        remedy = (
+            "merge it into the model that it was trained on, and take the weights"
+            if start.startswith("loftq")
+            else "convert it there: `save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)`"
+        )
         raise ValueError(
             f"its `init_lora_weights` is {value!r}, with which PEFT changes the base "
-            "weights; convert it there: `save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)`"
+            f"weights; {remedy}"
         )
     if start not in _STARTS:
         raise ValueError(
@@ -140,7 +121,8 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def _check_rank(name: str, value: Any) -> None:
-    if not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole and 0 < value <= _HIGHEST):
         raise ValueError(f"its `{name}` is {_shown(value)}, no whole number above 0")
 
 
@@ -158,12 +140,3 @@ def _check_alpha(name: str, value: Any) -> None:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f"{text[:40]}... ({len(text)} characters)"
-
-
-def _is_among(targets: Any, name: str, *, everything: bool = True) -> bool:
-    """Whether PEFT takes a module for one of `target_modules`."""
-    if isinstance(targets, str):
-        if targets.lower() == "all-linear":
-            return everything
-        return re.fullmatch(targets, name) is not None
-    return any(name == x or name.endswith(f".{x}") for x in targets or ())

@@ -14,15 +14,18 @@ from ..pairs._find import PairsSpec
 from ..pairs._leaves import index_leaves
 from ..pairs._scale import ScaleSpec
 from ._arrays import on_host
+from ._base import ModelSpec, read_base
+from ._beside import Saved, check_saved, find_saved
 from ._config import peft_config
 from ._contents import Kinds, collect
-from ._extra import find_extra
+from ._extra import Extra, ExtraSpec, find_extra
 from ._files import write_adapter
-from ._model import ModelSpec, check_names
+from ._json import read_entries
+from ._model import check_model
 from ._names import NamesSpec
 from ._original import initial_factors
 from ._parameters import read_parameters
-from ._targets import find_targets
+from ._targets import Target, find_targets, wrapped_modules
 
 
 def save_peft_adapter(
@@ -38,7 +41,7 @@ def save_peft_adapter(
     target_parameters: Sequence[str] | None = None,
     conv: str | None = None,
     embedding: str | None = None,
-    extra: Mapping[str, str] | None = None,
+    extra: ExtraSpec | None = None,
     initial: Any = None,
     uniform: bool = False,
     model: ModelSpec | None = None,
@@ -95,10 +98,12 @@ def save_peft_adapter(
         classifier's head: `{regex: template}`, from the whole path of a leaf to the
         parameter in PyTorch, such as `{"head/kernel": "score.weight"}`; `{}` stands for
         the position on a leading axis. A leaf called `kernel` is `(in, out)`, or
-        `(*window, in, out)` for a layer of `conv`, and goes out as PyTorch has it;
-        one called `bias` goes out flat, all else as it is. They are `bias` and
-        `modules_to_save` of the configuration: PEFT wants every weight of a module
-        that is saved so.
+        `(*window, in, out)` for a layer of `conv`, and goes out as `nn.Linear` or a
+        convolution has it; one called `bias` goes out flat, all else as it is. `.T`
+        behind a name is for the transpose, as the Conv1D of GPT-2 has it. A leaf that
+        is several weights in PyTorch, as a tied embedding is, has a tuple of names.
+        They become `bias` and `modules_to_save` of the configuration: PEFT wants every
+        weight of a module that is saved so, and takes no factors in it.
       initial: The tree right after `initialize_adapters`, if the method changed the
         base weights (LoRA-GA, PiSSA, OLoRA). Without it, the file is for the changed
         weights, to be saved too. With it, for the original ones: it holds [B, -B0] and
@@ -113,21 +118,23 @@ def save_peft_adapter(
         takes up the ratio, in float32 where its own dtype cannot hold it. vLLM's
         `max_lora_rank` has to be at least the `r` of the file: the next of 8, 16, 32,
         64, 128, 256, 320, 512. vLLM takes nothing of `extra`.
-      model: The base model, to check the names of `module_names` against: a folder or
-        `config.json` of transformers (the latter needs transformers and PyTorch), or
-        the names of all weights, such as `list(torch_model.state_dict())`. PEFT drops
-        factors of modules that the model does not have.
+      model: The base model, to check the adapter against, as PEFT drops what does not
+        fit without a word: the PyTorch model itself, on any device; its state dict; the
+        names of all weights; or a folder or `config.json` of transformers (without
+        these, the names in its files). See `lorapro_jax.peft` for what is checked.
       config: More entries of `adapter_config.json`, such as
         `{"base_model_name_or_path": "...", "task_type": "CAUSAL_LM"}`, or other
         `target_modules`.
 
     Raises:
       ValueError: No pair in the tree, or what `find_pairs` raises; a layer without a
-        name, two with one, or a name that `model` lacks; factors that are no arrays,
-        not finite, or of a dtype that PyTorch lacks; a bad regex; an entry of `config`
-        that follows from the factors, that leaves out some, or that
+        name, two with one, or what `model` lacks or has otherwise; factors that are no
+        arrays, not finite, or of a dtype that PyTorch lacks; a bad regex, or one that
+        matches nothing; factors that PEFT would drop because of `extra`; an entry of
+        `config` that follows from the factors, that leaves out some, or that PEFT or
         `load_peft_adapter` would refuse; an `initial` with other factors, or with the
         same values.
+      TypeError: An option that is no mapping.
       ImportError: safetensors is not installed, or what `model` needs.
 
     Examples:
@@ -152,13 +159,12 @@ def save_peft_adapter(
         pairs=pairs,
         stack_axis=stack_axis,
     )
-    kinds = Kinds.read(conv, embedding)
-    names = {name: target.pair.a for target in targets for name in target.names}
-    if model is not None:
-        check_names(model, names)
-    leaves = index_leaves(params)
+    names = [name for target in targets for name in target.names]
     due = [path for target in targets for path in target.pair.paths]
     extras = find_extra(params, extra, due)
+    kinds, given = Kinds.read(conv, embedding), read_entries(config)
+    saved = _find_saved(targets, extras, given, kinds, model)
+    leaves = index_leaves(params)
     arrays = {
         path: on_host(path, leaves[path].value)
         for path in (*due, *(x.path for x in extras))
@@ -168,17 +174,35 @@ def save_peft_adapter(
         at_b = [target.pair.b for target in targets]
         before = initial_factors(initial, {path: arrays[path] for path in due}, at_b)
 
-    contents = collect(targets, extras, arrays, before, kinds, parameters, uniform)
+    how = kinds, parameters, saved
+    contents = collect(targets, extras, arrays, before, *how, uniform=uniform)
     entries = peft_config(
         contents.modules,
         rslora=rslora,
         parameters=contents.parameters,
         beside=contents.beside,
-        extra=config or {},
+        extra=given,
     )
     try:
         if jax.process_index() == 0:
-            write_adapter(Path(path), contents.tensors, entries, list(names))
+            write_adapter(Path(path), contents.tensors, entries, names)
     finally:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("save_peft_adapter")
+
+
+def _find_saved(
+    targets: Sequence[Target],
+    extras: Sequence[Extra],
+    config: Mapping[str, Any],
+    kinds: Kinds,
+    model: ModelSpec | None,
+) -> Saved:
+    """The modules that PEFT saves whole, and all checks of names."""
+    kinds.check(targets, extras)
+    factors = {name: target.pair.a for target in targets for name in target.names}
+    saved = find_saved(extras, wrapped_modules(targets), config.get("task_type"))
+    check_saved(extras, saved, factors, known=model is not None)
+    if model is not None:
+        check_model(read_base(model), targets, extras, kinds, saved)
+    return saved

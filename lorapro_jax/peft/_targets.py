@@ -14,7 +14,7 @@ from ..pairs._messages import no_pairs_message
 from ._arrays import from_layers, sides, to_layers
 from ._matrices import Layer
 from ._names import NamesSpec, Naming, name_modules
-from ._parameters import Parameters
+from ._parameters import Parameters, check_used
 from ._templates import Index
 
 
@@ -159,7 +159,15 @@ def find_targets(
     ):
         shapes = leaves[pair.a].shape, leaves[pair.b].shape
         targets.append(Target(pair, shapes, naming, _split(pair, shapes, naming)))
+    check_used(parameters, [name for target in targets for name in target.names])
     return targets
+
+
+def wrapped_modules(targets: Sequence[Target]) -> Iterator[str]:
+    """The modules that PEFT wraps, each as often as it does."""
+    for target in targets:
+        for name in target.names:
+            yield name.rpartition(".")[0] if target.naming.is_parameter else name
 
 
 def _split(pair: LoRAPair, shapes: tuple[Shape, Shape], naming: Naming) -> Split | None:

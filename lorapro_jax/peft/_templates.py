@@ -9,6 +9,12 @@ from ..pairs._axes import LoRAPair
 Template: TypeAlias = str | tuple[Any, ...]
 """A name; or `(names, axis)`, or `(names, axis, "a")`, for several modules."""
 
+# What PEFT puts into the keys of its files, and no base model has.
+_OF_FILES = re.compile(
+    r"^base_model\.model(?=\.|$)"
+    r"|(?<![^.])(?:lora_(?:embedding_)?[AB]|base_layer|modules_to_save)(?=\.|$)"
+)
+
 Index: TypeAlias = tuple[int, ...]
 """A layer's positions on the stacked axes, experts apart; `()` where there are none."""
 
@@ -42,8 +48,11 @@ def fill_in(template: str, match: re.Match[str] | None, index: Index) -> str:
     """A template with a layer's position and the groups of its regex.
 
     Raises:
-      ValueError: It has more places than there are positions, or no such group.
+      ValueError: It is no string, has more places than there are positions, or no
+        such group.
     """
+    if not isinstance(template, str):
+        raise ValueError("cannot be filled in: it is no string.")
     try:
         name = str.format(template, *index)
         return match.expand(name) if match else name
@@ -64,6 +73,18 @@ def places_of(template: str) -> set[int]:
     return {int(x) if x.isdigit() else i for i, x in enumerate(given)}
 
 
-def is_name(name: str) -> bool:
+def is_name(name: Any) -> bool:
     """Whether PyTorch could have such a name."""
+    if not isinstance(name, str):
+        return False
     return name.isprintable() and bool(re.fullmatch(r"[^\s/]+", name))
+
+
+def check_plain(path: str, name: str, option: str) -> None:
+    """Raises ValueError for a name that was copied from a PEFT file."""
+    if found := _OF_FILES.search(name):
+        raise ValueError(
+            f"`{path}` would have the PyTorch name {name!r}, with PEFT's own "
+            f"`{found[0]}` in it, which its files get anyway. Give the name that the "
+            f"base model has, with `{option}=`."
+        )

@@ -1,5 +1,6 @@
 """What is refused: other adapters than plain LoRA, and numbers that mean nothing."""
 
+import enum
 import json
 import math
 
@@ -14,7 +15,6 @@ from tests.support.peft_files import (
     WEIGHTS,
     pair_tree,
     read,
-    tree_of,
     written_by_another,
 )
 
@@ -41,9 +41,9 @@ MORE = {
 }
 STARTS = ["PiSSA", "pissa_niter_4", "olora", "CorDA", "LoftQ", "lora_ga", "tomorrows"]
 HARMLESS = {
-    "init_lora_weights": ("EVA", "gaussian", "Orthogonal", False, True, "mica"),
+    "init_lora_weights": ("eva", "Gaussian", "orthogonal", False, True, "MiCA", None),
     "eva_config": ({"rho": 2.0},), "velora_config": ({"num_groups": 8},),
-    "lora_dropout": (0.1,), "fan_in_fan_out": (True,), "ensure_weight_tying": (True,),
+    "lora_dropout": (0.1,), "fan_in_fan_out": (True,),
     "megatron_core": ("megatron.core",), "kasa_config": (None, {}), "custom": ("x",),
 }  # fmt: skip
 
@@ -112,6 +112,8 @@ NUMBERS = [
     ({"r": 2.5}, "`r` is 2.5"),
     ({"r": True}, "`r` is True"),
     ({"r": "2"}, "`r` is '2'"),
+    ({"r": 10**400}, r"`r` is 1000.*\(401 characters\), no whole number above 0"),
+    ({"rank_pattern": {"up": 10**400}}, r"`rank_pattern\['up'\]` is 1000"),
     ({"rank_pattern": {"up": 1.5}}, r"`rank_pattern\['up'\]` is 1.5"),
     ({"rank_pattern": {"r": None}}, r"`rank_pattern\['r'\]` is None"),
     # A key in both patterns, and one that is called like an option.
@@ -205,6 +207,8 @@ def test_a_dtype_that_is_not_known_is_named(tmp_path):
         ({"modules_to_save": ["x"]}, r"\['modules_to_save'\], which follow"),
         ({"bias": "all"}, r"\['bias'\], which follow"),
         ({"target_parameters": ["x"]}, r"\['target_parameters'\], which follow"),
+        ({"target_modules": "All-Linear"}, "'all-linear', with which PEFT leaves out"),
+        ({"target_modules": None}, "None, for which PEFT has a list of its own"),
     ],
 )
 def test_a_configuration_that_loses_a_module_is_refused(config, match, tmp_path):
@@ -218,8 +222,6 @@ def test_a_configuration_that_loses_a_module_is_refused(config, match, tmp_path)
     [
         {"target_modules": ["up"]},
         {"target_modules": r"mlp\.(up|down)"},
-        {"target_modules": "all-linear"},
-        {"target_modules": "All-Linear", "exclude_modules": ["q"]},
         {"exclude_modules": r"vision.*", "layers_to_transform": None},
         {"modules_to_save": None, "bias": "none", "target_parameters": None},
     ],
@@ -229,55 +231,127 @@ def test_a_configuration_that_loses_nothing_is_written(config, tmp_path):
     assert read(tmp_path)[1].items() >= config.items()
 
 
-# --- Names of a base model ---
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (
+            {"target_modules": "(q|up"},
+            r"`target_modules` '\(q\|up', which is no regular",
+        ),
+        ({"target_modules": 3}, "`target_modules` 3. It is a regular expression or a"),
+        ({"target_modules": ["up", 3]}, r"`target_modules` \['up', 3\]. It is a reg"),
+        ({"exclude_modules": "(q"}, r"`exclude_modules` '\(q', which is no regular"),
+        ({"exclude_modules": 3}, "`exclude_modules` 3. It is a regular expression"),
+        ({1: 2}, "`config` has the key 1. Names of entries are strings"),
+        ({"x": float("nan")}, "'x': nan, which JSON cannot hold"),
+        ({"x": object()}, "'x': <object .* which JSON cannot hold"),
+        ({"task_type": "seq_cls"}, "`task_type` 'seq_cls', which PEFT does not know"),
+        ({"ensure_weight_tying": True}, "`ensure_weight_tying`, .* another adapter"),
+        *(
+            ({"init_lora_weights": x}, f"`init_lora_weights` '{x}', which PEFT does")
+            for x in ("none", "True", "False", "EVA", "Orthogonal")
+        ),
+    ],
+)
+def test_entries_that_peft_refuses_are_refused_and_the_remedy_is_to_leave_them_out(
+    config, match, tmp_path
+):
+    with pytest.raises(ValueError, match=match) as error:
+        save_peft_adapter(tmp_path / "x", pair_tree(), config=config)
+    assert not (tmp_path / "x").exists()
+    if "eave it out" in str(error.value):
+        save_peft_adapter(tmp_path / "x", pair_tree(), config={})
+        load_peft_adapter(tmp_path / "x", pair_tree())
 
-WEIGHT_NAMES = ["model.mlp.up.weight", "model.x.experts.up", "lm_head.weight"]
+
+@pytest.mark.parametrize("config", [[("a", 1)], "x", 3])
+def test_a_configuration_that_is_no_mapping_is_an_error(config, tmp_path):
+    with pytest.raises(TypeError, match="has to be a mapping of entries, such as"):
+        save_peft_adapter(tmp_path / "x", pair_tree(), config=config)
+    assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("way", ["names", "index", "weights"])
-def test_names_that_the_base_model_lacks_are_errors(way, tmp_path):
-    model = WEIGHT_NAMES
-    if way != "names":
-        model = tmp_path / "base"
-        model.mkdir()
-    if way == "index":
-        text = json.dumps({"weight_map": dict.fromkeys(WEIGHT_NAMES, "x.safetensors")})
-        (model / "model.safetensors.index.json").write_text(text)
-    elif way == "weights":
-        weights = {name: np.ones(1, np.float32) for name in WEIGHT_NAMES}
-        safetensors.numpy.save_file(weights, model / "model.safetensors")
-    save = lambda name, tree=None, **options: save_peft_adapter(
-        tmp_path / "x", tree or pair_tree(), module_names={".*": name}, model=model,
-        **options,
-    )  # fmt: skip
-    for name in ("model.mlp.upp", "mlp.up", "model.mlp.up.weight.x"):
-        with pytest.raises(ValueError, match=rf"`mlp/up/lora_a` the .* '{name}'") as e:
-            save(name)
-        assert "Close to it: ['model.mlp.up" in str(e.value)
-        assert not (tmp_path / "x").exists()
-    save("model.mlp.up")
-    experts = {"up": tree_of("lora_{}", "Edr", "Erf")}
-    options = {"target_parameters": ["up"], "stack_axis": 0}
-    save("model.x.experts.up", experts, **options)
-    with pytest.raises(ValueError, match="which `model=` does not have"):
-        save("model.y.experts.up", experts, **options)
+class Task(enum.StrEnum):
+    """As PEFT has its own."""
+
+    CAUSAL_LM = "CAUSAL_LM"
+
+
+def test_sets_scalars_and_enums_of_a_configuration_are_what_json_has(tmp_path):
+    """`target_modules` of PEFT's `to_dict` is a set."""
+    given = {
+        "target_modules": {"up", "down"}, "exclude_modules": ("q",),
+        "lora_dropout": jnp.float32(0.5), "x": np.int64(3), "task_type": Task.CAUSAL_LM,
+        "inner": {"y": np.arange(2)},
+    }  # fmt: skip
+    due = {
+        "target_modules": ["down", "up"], "exclude_modules": ["q"],
+        "lora_dropout": 0.5, "x": 3, "task_type": "CAUSAL_LM", "inner": {"y": [0, 1]},
+    }  # fmt: skip
+    save_peft_adapter(tmp_path, pair_tree(), config=given)
+    assert read(tmp_path)[1].items() >= due.items()
 
 
 @pytest.mark.parametrize(
-    ("model", "match"),
+    ("entries", "option"),
     [
-        ([], "has to be a folder or a config.json"),
-        ([3], "has to be a folder or a config.json"),
-        ("meta-llama/Llama-3", "does not exist.* nothing is downloaded"),
+        ({"exclude_modules": ["up"]}, "exclude_modules"),
+        ({"exclude_modules": r"mlp\..*"}, "exclude_modules"),
+        ({"target_modules": ["down"]}, "target_modules"),
+        ({"target_modules": "up"}, "target_modules"),
+        ({"layers_to_transform": [0, 2]}, "layers_to_transform"),
+        ({"layers_to_transform": 3}, "layers_to_transform"),
     ],
 )
-def test_base_models_that_cannot_be_are_errors(model, match, tmp_path):
+def test_factors_that_the_configuration_leaves_out_are_not_read(
+    entries, option, tmp_path
+):
+    """PEFT would drop them; the message's two ways out work."""
+    tree, names = (
+        {"h": pair_tree(), "q": pair_tree(1)},
+        {"q.*": "k", "h/(.*)": "mlp.up"},
+    )
+    if "layers" in option:
+        names["h/(.*)"] = "mlp.h.1.up"
+    save_peft_adapter(tmp_path, tree, module_names=names)
+    given = {"target_modules": ["up", "k"]} | entries
+    if given["target_modules"] == ["down"]:
+        given["target_modules"] = ["down", "k"]
+    elif given["target_modules"] == "up":
+        given["target_modules"] = "up|k"
+    written_by_another(tmp_path, given)
+    match = (
+        rf"its `{option}` leaves out `mlp\.(h\.1\.)?up`, whose factors PEFT would dr"
+    )
     with pytest.raises(ValueError, match=match):
-        save_peft_adapter(tmp_path / "x", pair_tree(), model=model)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no weights and no config"):
-        save_peft_adapter(tmp_path / "x", pair_tree(), model=tmp_path / "empty")
-    (tmp_path / "bad.index.json").write_text("[")
-    with pytest.raises(ValueError, match=r"bad\.index\.json` of `model=` cannot be"):
-        save_peft_adapter(tmp_path / "x", pair_tree(), model=tmp_path)
-    assert not (tmp_path / "x").exists()
+        load_peft_adapter(tmp_path, tree, module_names=names)
+    rest = load_peft_adapter(
+        tmp_path, {"q": pair_tree()}, module_names=names, ignore=r"mlp\."
+    )
+    assert (rest["q"]["mlp"]["up"]["lora_a"] == tree["q"]["mlp"]["up"]["lora_a"]).all()
+    written_by_another(tmp_path, {option: None})
+    load_peft_adapter(tmp_path, tree, module_names=names)
+
+
+def test_a_quantised_start_has_another_remedy_than_conversion(tmp_path):
+    """PEFT converts PiSSA's, not LoftQ's."""
+    remedies = {
+        "pissa": "path_initial_model_for_weight_conversion",
+        "loftq": "merge it into the model that it was trained on",
+    }
+    for start, remedy in remedies.items():
+        save_peft_adapter(tmp_path, pair_tree())
+        written_by_another(tmp_path, {"init_lora_weights": start})
+        with pytest.raises(ValueError, match=remedy) as error:
+            load_peft_adapter(tmp_path, pair_tree())
+        others = set(remedies.values()) - {remedy}
+        assert not any(x in str(error.value) for x in others)
+
+
+@pytest.mark.parametrize("text", ['{"mlp.up": [Infinity, 1]}', '{"mlp.up": [2, {}]}'])
+def test_numbers_of_the_metadata_that_mean_nothing_are_one_error(text, tmp_path):
+    save_peft_adapter(tmp_path, pair_tree())
+    tensors, _ = read(tmp_path)
+    safetensors.numpy.save_file(tensors, tmp_path / WEIGHTS, {"lora_modules": text})
+    with pytest.raises(ValueError, match=r"'lora_modules' of the metadata .* damaged"):
+        load_peft_adapter(tmp_path, pair_tree())
