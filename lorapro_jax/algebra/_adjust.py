@@ -9,7 +9,7 @@ pair (`_coefficients`), and from products of those with the factors.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,48 +78,13 @@ def project(
     that there is without it: b = g_B (AAᵀ + eI)⁻¹/s², as in LoRA-FA (arXiv
     2308.03303), or a = (BᵀB + eI)⁻¹ g_A/s².
     """
-    found = project_in_units(spectra, pairs, gradients, e=e, gauge=gauge)
-    return [x.step.map(functools.partial(times, x.unit)) for x in found]
-
-
-class InUnits(NamedTuple):
-    """A step of one pair as a number times another, which is about as large as E.
-
-    Attributes:
-      unit: The number, `(*batch)`: the factors' unit by s, and `largest`.
-      step: The step divided by it.
-    """
-
-    unit: jax.Array
-    step: Step
-
-
-def project_in_units(
-    spectra: Spectra,
-    pairs: Sequence[PairArrays],
-    gradients: Sequence[Step],
-    *,
-    e: jax.Array,
-    gauge: Gauge = "sylvester",
-    largest: float = 1.0,
-) -> list[InUnits]:
-    """As `project`, before the last product, which may overflow.
-
-    Args:
-      spectra: The `decompose` of these factors.
-      pairs: In their compute dtype.
-      gradients: LoRA's gradients.
-      e: The damping of each matrix, as in `project`.
-      gauge: Which of the closest steps.
-      largest: A power of two for gradients of up to about `largest` times 1e32.
-    """
     each = list(zip(pairs, gradients, spectra.units, strict=True))
-    crosses = [_cross(pair, gradient, unit / largest) for pair, gradient, unit in each]
+    crosses = [_cross(pair, gradient, unit) for pair, gradient, unit in each]
     # A gradient's own unit is s times that of its factors.
     weights = [unit / pair.scale for pair, _, unit in each]
-    found = coefficients(spectra, crosses, weights, largest, e, gauge)
+    found = coefficients(spectra, crosses, weights, e, gauge)
     return [
-        InUnits(largest * weight, _step(pair, gradient, c))
+        _step(pair, gradient, c).map(functools.partial(times, weight))
         for (pair, gradient, _), weight, c in zip(each, weights, found, strict=True)
     ]
 

@@ -59,7 +59,6 @@ def coefficients(
     spectra: Spectra,
     crosses: Sequence[jax.Array],
     weights: Sequence[jax.Array],
-    unit: float,
     e: jax.Array,
     gauge: Gauge,
 ) -> list[Coefficients]:
@@ -78,7 +77,6 @@ def coefficients(
       spectra: The `decompose` of all pairs.
       crosses: g_A Aᵀ of each, in the units of `spectra` for A: `(*batch, r, r)`.
       weights: w, the units of `spectra` by s, `(*batch)` of each.
-      unit: What a and b come out in, beside w.
       e: The damping of each matrix, `(N,)`, in the units of `spectra.grams`.
       gauge: One of the above.
     """
@@ -89,7 +87,7 @@ def coefficients(
     blocks = _blocks(gauge, stack.sizes, eigen, spectra.grams, cross, e)
     # Half of 1/s² here, half behind the skinny products: their product may overflow.
     size = blocks.shape[-2]
-    halves = jnp.where(np.arange(2 * size) < size, on_grad / unit, on_factor)
+    halves = jnp.where(np.arange(2 * size) < size, on_grad, on_factor)
     bases = jnp.stack([spectra.b.vectors, spectra.a.vectors], axis=1)
     parts = stack.products(bases, halves[:, None] * blocks)
     dtypes = [x.dtype for x in weights]

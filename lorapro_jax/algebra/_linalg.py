@@ -169,6 +169,13 @@ def power_of_two(x: jax.Array) -> jax.Array:
     1/2 where `x` is 0 or not finite; never subnormal, and its reciprocal is
     never subnormal either.
     """
-    limit = -jnp.finfo(x.dtype).minexp - 1
-    _, exponent = jnp.frexp(x)
-    return jnp.ldexp(jnp.ones_like(x), jnp.clip(exponent - 1, -limit, limit))
+    # Its own exponent bits: few operations, since XLA puts them into every program that
+    # a unit is used in.
+    info = jnp.finfo(x.dtype)
+    whole = jnp.uint64 if info.bits == 64 else jnp.uint32
+    mask = np.array(np.inf, x.dtype).view(whole)
+    below = jax.lax.bitcast_convert_type(x, whole) & mask
+    power = jax.lax.bitcast_convert_type(below, x.dtype)
+    largest = 2.0 ** (-info.minexp - 1)
+    power = jnp.clip(power, 1 / largest, largest)
+    return jnp.where((x > 0) & jnp.isfinite(x), power, 0.5)

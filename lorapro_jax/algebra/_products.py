@@ -41,12 +41,6 @@ def times(scalars: jax.Array, x: Factor) -> Factor:
     return x.map(lambda y: scalars * y)
 
 
-def kept(layers: jax.Array, x: Factor) -> Factor:
-    """A factor with 0 in the layers for which `layers`, `(*batch)`, is false."""
-    layers = jnp.expand_dims(beside(layers, x), (x.axes.rank, *x.features))
-    return x.map(lambda y: jnp.where(layers, y, 0))
-
-
 def over(scalars: jax.Array, x: jax.Array) -> jax.Array:
     """Scalars, `(*batch)` or one, to be multiplied with an array `(*batch, ...)`."""
     return scalars.reshape(*scalars.shape, *(1,) * (x.ndim - scalars.ndim))

@@ -43,6 +43,16 @@ class Spectra(NamedTuple):
     a: Eigh
     grams: jax.Array
 
+    @classmethod
+    def of(
+        cls, stack: Stack, units: Sequence[jax.Array], grams: jax.Array
+    ) -> "Spectra":
+        """From the Gram matrices in these units, with one `eigh`."""
+        both = jax.lax.stop_gradient(grams).reshape(-1, *grams.shape[2:])
+        values, vectors = eigh_psd(both, np.tile(stack.sizes, 2))
+        (lam, mu), (u, v) = jnp.split(values, 2), jnp.split(vectors, 2)
+        return cls(stack, units, Eigh(lam, u), Eigh(mu, v), grams)
+
     @property
     def squares(self) -> jax.Array:
         """‖A‖² + ‖B‖² = tr BᵀB + tr AAᵀ of each pair and layer, `(N,)`."""
@@ -69,11 +79,7 @@ def decompose(pairs: Sequence[PairArrays]) -> Spectra:
         grams_a.append(contract(a, a))
         grams_b.append(contract(b, b))
     grams = jnp.concatenate([stack.join(grams_b), stack.join(grams_a)])
-    both = jax.lax.stop_gradient(grams)
-    values, vectors = eigh_psd(both, np.tile(stack.sizes, 2))
-    (lam, mu), (u, v) = jnp.split(values, 2), jnp.split(vectors, 2)
-    parts = grams.reshape(2, -1, *grams.shape[1:])
-    return Spectra(stack, units, Eigh(lam, u), Eigh(mu, v), parts)
+    return Spectra.of(stack, units, grams.reshape(2, -1, *grams.shape[1:]))
 
 
 def damped_inverse(values: jax.Array, e: jax.Array, sizes: np.ndarray) -> jax.Array:

@@ -7,7 +7,7 @@ matrices like any other, so that one program serves all of them.
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,17 +41,28 @@ class Stack(NamedTuple):
     @property
     def sizes(self) -> np.ndarray:
         """The rank of each matrix, `(N,)`."""
-        return np.repeat(self.ranks, [math.prod(batch) for batch in self.batches])
+        return self.repeat(self.ranks)
 
     def join(self, matrices: Sequence[jax.Array]) -> jax.Array:
-        """`(*batch_i, r_i, r_i)` of all pairs as `(N, R, R)`, on every device."""
-        return stack_square([replicated(x) for x in matrices])
+        """`(*batch_i, ..., r_i, r_i)` of all pairs as `(N, ..., R, R)`.
+
+        The result is on every device.
+        """
+        flat = [
+            replicated(x).reshape(-1, *x.shape[len(batch) :])
+            for x, batch in zip(matrices, self.batches, strict=True)
+        ]
+        return _joined_square(flat)
 
     def join_scalars(self, scalars: Sequence[jax.Array]) -> jax.Array:
         """`(*batch_i)` of all pairs as `(N, 1, 1)`, in the widest dtype."""
         widest = _widest(scalars)
         flat = [replicated(x).reshape(-1).astype(widest) for x in scalars]
         return jnp.concatenate(flat)[:, None, None]
+
+    def repeat(self, numbers: Sequence[Any]) -> np.ndarray:
+        """Static numbers of each pair for each of its matrices, `(N, ...)`."""
+        return np.repeat(numbers, [math.prod(x) for x in self.batches], axis=0)
 
     def split(self, stack: jax.Array) -> list[jax.Array]:
         """The reverse of `join`, for `(N, R, R)`."""
@@ -85,15 +96,7 @@ def stack_square(matrices: Sequence[jax.Array]) -> jax.Array:
       `(N, R, R)` with `N` the number of matrices in all batches and `R` the
       largest `r_i`; smaller ones fill their top left corner, the rest is 0.
     """
-    size = max(x.shape[-1] for x in matrices)
-    widest = _widest(matrices)
-
-    def padded(x: jax.Array) -> jax.Array:
-        missing = size - x.shape[-1]
-        flat = x.reshape(-1, *x.shape[-2:]).astype(widest)
-        return jnp.pad(flat, [(0, 0), (0, missing), (0, missing)])
-
-    return jnp.concatenate([padded(x) for x in matrices])
+    return _joined_square([x.reshape(-1, *x.shape[-2:]) for x in matrices])
 
 
 def split_batches(stack: jax.Array, batches: Sequence[Shape]) -> list[jax.Array]:
@@ -104,6 +107,19 @@ def split_batches(stack: jax.Array, batches: Sequence[Shape]) -> list[jax.Array]
         part.reshape(*batch, *stack.shape[1:])
         for part, batch in zip(parts, batches, strict=True)
     ]
+
+
+def _joined_square(matrices: Sequence[jax.Array]) -> jax.Array:
+    """`(n_i, ..., r_i, r_i)` as `(N, ..., R, R)`, padded with zeros."""
+    size = max(x.shape[-1] for x in matrices)
+    widest = _widest(matrices)
+
+    def padded(x: jax.Array) -> jax.Array:
+        missing = size - x.shape[-1]
+        none = [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x.astype(widest), [*none, (0, missing), (0, missing)])
+
+    return jnp.concatenate([padded(x) for x in matrices])
 
 
 def _widest(arrays: Sequence[jax.Array]) -> jnp.dtype:

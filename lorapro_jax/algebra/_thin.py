@@ -58,18 +58,6 @@ def motion(now: Both[Factor], before: Both[Factor]) -> Norm:
     return norm(Both(before.a, now.b), change)
 
 
-def energies(factors: Both[Factor], step: Step) -> Both[Factor]:
-    """The column and the row sums of E∘E, exactly, for E = B a + b A.
-
-    Returns:
-      The sums over the features of B, like A, and those over the features of A, like
-      B, both with a rank axis of size 1; up to rounding, which may leave less than
-      0. They are no numbers where squares of E overflow.
-    """
-    left, right = (factors.b, step.b), (step.a, factors.a)
-    return Both(_row_sums(right, left), _row_sums(left, right))
-
-
 def norm(factors: Both[Factor], step: Step) -> Norm:
     """‖E‖ of each layer, for E = B a + b A, whatever its size is."""
     unit = unit_of(step)
@@ -80,14 +68,3 @@ def norm(factors: Both[Factor], step: Step) -> Norm:
     products = [x * y for x, y in zip(grams_b, grams_a, strict=True)]
     square = jnp.stack(products).sum((0, -2, -1))
     return Norm(unit, root(jnp.where(square < 0, 0, square)))
-
-
-def _row_sums(left: tuple[Factor, Factor], right: tuple[Factor, Factor]) -> Factor:
-    """Σ_j X_ij² for X = Σ_k left_k right_k, like `left` with a rank axis of 1."""
-    (x, y), (z, w) = left, right
-    squares = (
-        x * apply(contract(z, z), x)
-        + 2 * x * apply(contract(z, w), y)
-        + y * apply(contract(w, w), y)
-    )
-    return squares.map(lambda x: x.sum(squares.axes.rank, keepdims=True))

@@ -50,6 +50,13 @@ def damping_by_motion(
         size = motion(pair.factors.map(in_units), old.map(in_units))
         moved.append(size.unit * size.value)
     square = spectra.stack.join_scalars(moved)[:, 0, 0] ** 2
+    return damping_of_square(damping, spectra, square)
+
+
+def damping_of_square(
+    damping: ArrayLike, spectra: Spectra, square: jax.Array
+) -> jax.Array:
+    """The same by ‖B A - B⁻ A⁻‖², `(N,)` in the units of `spectra`."""
     e = square * reciprocal(spectra.squares)
     return jnp.asarray(damping, e.dtype) * jnp.where(
         square > 0, e, spectra.damping(_AT_REST)

@@ -11,7 +11,6 @@ is carried to the present one, by projection. M, D and E are *thin*: sums of two
 products of an m×r and an r×n matrix.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,30 +18,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from ..algebra._adjust import InUnits, project, project_in_units
 from ..algebra._coefficients import Gauge
-from ..algebra._factors import (
-    Both,
-    Factor,
-    PairArrays,
-    Step,
-    in_compute_dtype,
-)
-from ..algebra._linalg import reciprocal, root
-from ..algebra._products import kept, times
-from ..algebra._sharding import replicated
-from ..algebra._spectra import decompose
-from ..algebra._thin import carry, energies, norm, thin_gradients
-from ..transforms._clip import Clip, scaled
-from ._damping import damping_by_motion
-from ._moments import copied, decayed, estimated, unbiased
-
-_LARGEST = 2.0**20
-"""What E is divided by until its size is known: gradients up to the largest float32
-overflow nowhere, and squares of entries of 1e-13 do not vanish."""
-
-_SPIKE = 10.0
-"""How far ‖E‖ may be above its past; see `FactoredAdam._size`."""
+from ..algebra._factors import Both, Factor, PairArrays, Step, in_compute_dtype
+from ..algebra._linalg import reciprocal
+from ..algebra._products import times
+from ..algebra._solves import Bases, Solves, swapped
+from ..algebra._spectra import Spectra
+from ..algebra._stack import Stack
+from ..transforms._clip import Clip
+from ._combined import StepArrays, in_dtype_of, means_of, sums_of
+from ._composed import Composed, delivered
+from ._damping import damping_of_square
+from ._grams import Grams, MomentUnits, Units, joined
+from ._moments import copied, copied_after, decayed, estimate, unbiased
 
 
 class FactoredMoments(NamedTuple):
@@ -94,97 +82,101 @@ class FactoredAdam(NamedTuple):
         count: jax.Array,
         clip: Clip,
     ) -> tuple[list[Step], list[FactoredMoments], jax.Array | None]:
-        """As `Rule.update`."""
-        spectra = decompose(pairs)
-        gradients = [pair.gradients for pair in pairs]
-        old_factors = [old.factors for old in states]
-        e = damping_by_motion(self.damping, spectra, pairs, old_factors)
-        steps = project_in_units(spectra, pairs, gradients, e=e, largest=_LARGEST)
-        # With factors in their units, B a + b A of these steps is E by _LARGEST.
-        factors = [
-            pair.factors.map(functools.partial(times, unit))
-            for pair, unit in zip(pairs, spectra.units, strict=True)
-        ]
-        factor = clip.factor(
-            norm(both, x.step).times(_LARGEST)
-            for both, x in zip(factors, steps, strict=True)
-        )
-        steps = [x._replace(step=scaled(factor, x.step)) for x in steps]
-        # Without damping, which would forget a little of M at every step.
-        carried = [
-            carry(pair, old.factors, old.mu)
-            for pair, old in zip(pairs, states, strict=True)
-        ]
-        means = project(spectra, pairs, carried, e=jnp.zeros_like(e))
+        """As `Rule.update`: three times over the arrays, with r×r algebra between."""
+        stack = Stack.of(pairs)
+        each = list(zip(pairs, states, strict=True))
+        units = [Units.of(pair, old.nu, self.b2, count) for pair, old in each]
+        means, before = [x.mu for x in states], [x.factors for x in states]
+        grams = Grams.of(stack, pairs, units, means, before)
+        composed = self._composed(stack, pairs, units, grams)
+        factor = clip.factor([composed.norm])
+        kept, dtype = composed.kept(factor), grams.own.dtype
 
-        directions, new = [], []
-        for k, (pair, old) in enumerate(zip(pairs, states, strict=True)):
-            sums = energies(factors[k], steps[k].step)
-            size = self._size(sums, old.nu, count)
-            step, sums = _by(size, steps[k], sums)
-            mu = decayed(means[k], step, self.b1)
-            nu = decayed(old.nu, sums, self.b2)
-            mean = estimated(mu, step, self.b1, count, nesterov=self.nesterov)
-            directions.append(self._direction(pair, mean, nu, count))
-            new.append(FactoredMoments(mu, nu, copied(pair)))
-        result = project(spectra, pairs, directions, e=e, gauge=self.gauge)
-        return result, new, factor
+        average, ahead = estimate(self.b1, count, dtype, nesterov=self.nesterov)
+        moments = [x.clipped(factor) for x in units]
+        all_moments = joined(stack, moments)
+        found = composed.moments(kept, all_moments, self.b1, ahead)
+        on_means, on_sums = delivered(stack, found[0]), delivered(stack, found[1])
+        new, arrays = [], []
+        for (pair, old), unit, size, on_mean, on_sum in zip(
+            each, units, moments, on_means, on_sums, strict=True
+        ):
+            of_mean, of_sums = in_dtype_of(pair, (on_mean, on_sum))
+            mean, newest = means_of(pair, old.mu, old.factors, unit, size, of_mean)
+            nu = decayed(old.nu, sums_of(pair, unit, size, of_sums), self.b2)
+            # From here on the copy is read, and the factors themselves no more: or XLA
+            # would copy them again for the update that takes their place.
+            kept_factors = copied_after(pair, mean)
+            new.append(FactoredMoments(mean, nu, kept_factors))
+            diagonals = self._diagonals(pair, nu, count, size)
+            if newest is not None:
+                mean = mean.map(lambda x, y: times(average, x) + y, newest)
+            arrays.append(StepArrays(kept_factors, mean, diagonals, unit))
 
-    def _size(
-        self, sums: Both[Factor], nu: Both[Factor], count: jax.Array
+        weighted = stack.join([x.products() for x in arrays])
+        root = self._root_mean(stack, pairs, composed, kept, count)
+        root = root / all_moments.mean / all_moments.mean
+        counts = average if ahead is None else jnp.ones((), dtype)
+        last = delivered(stack, composed.steps(weighted, root, counts, self.gauge))
+        steps = [
+            x.step(in_dtype_of(pair, terms))
+            for x, pair, terms in zip(arrays, pairs, last, strict=True)
+        ]
+        return steps, new, factor
+
+    def _composed(
+        self,
+        stack: Stack,
+        pairs: Sequence[PairArrays],
+        units: Sequence[Units],
+        grams: Grams,
+    ) -> Composed:
+        """The r×r matrices of all pairs."""
+        spectra = Spectra.of(stack, [x.factors for x in units], swapped(grams.own))
+        bases, square = Bases.of(spectra), grams.square_of_motion()
+        e = damping_of_square(self.damping, spectra, square)
+        trains = [[side.trains for side in pair.factors] for pair in pairs]
+        moves = stack.repeat(trains).T[:, :, None, None]
+        damped = Solves.of(bases, stack.sizes, e, moves)
+        exact = Solves.of(bases, stack.sizes, jnp.zeros_like(e), moves)
+        return Composed.of(joined(stack, units), grams, damped, exact)
+
+    def _root_mean(
+        self,
+        stack: Stack,
+        pairs: Sequence[PairArrays],
+        composed: Composed,
+        kept: jax.Array,
+        count: jax.Array,
     ) -> jax.Array:
-        """What E by _LARGEST is multiplied with before it enters the moments.
+        """The root of the mean of V with ε², `(1, N, 1, 1)`; see `_diagonals`.
 
-        Less than _LARGEST where ‖E‖ is more than ten times the root of its mean square
-        so far, of each layer by itself: with sums, one entry that is far too large
-        would slow all of its layer, and what a spike leaves in M would, in float32,
-        drown the rest. And 0 where the squares of E overflow.
+        Where V overflows it is 0, and so is the direction, as it is in Adam.
         """
-        past, square = (
-            replicated(x.array.sum((x.axes.rank, *x.features))) for x in (nu.b, sums.b)
-        )
-        mean = unbiased(past, self.b2, jnp.maximum(count - 1, 1))
-        most, norm = _SPIKE * root(mean), root(square)
-        # Also where it is no number, because squares overflow or gradients are none.
-        known = jnp.isfinite(square)
-        spike = (mean > 0) & ~(known & (norm <= most / _LARGEST))
-        finite = spike & known
-        bounded = jnp.where(finite, most / jnp.where(finite, norm, 1), 0)
-        return jnp.where(spike, bounded, _LARGEST)
+        decay, dtype = jnp.asarray(self.b2, kept.dtype), kept.dtype
+        total = decay * composed.units.past
+        norm = kept * composed.norm.value[None, :, None, None]
+        total += (1 - decay) * norm**2
+        counts = stack.repeat([x.a.feature_count * x.b.feature_count for x in pairs])
+        mean = total / jnp.asarray(counts, dtype)[None, :, None, None]
+        mean = unbiased(mean, self.b2, count) + jnp.asarray(self.eps, dtype) ** 2
+        return jnp.where(jnp.isposinf(mean), 0, jnp.sqrt(mean))
 
-    def _direction(
-        self, pair: PairArrays, mean: Step, nu: Both[Factor], count: jax.Array
-    ) -> Step:
-        """LoRA's gradients of D = diag(p) M̂ diag(q)."""
-        p, q = self._preconditioners(pair, nu, count)
-        left, right = (p * pair.b, p * mean.b), (q * mean.a, q * pair.a)
-        return thin_gradients(pair, left, right)
+    def _diagonals(
+        self, pair: PairArrays, nu: Both[Factor], count: jax.Array, size: MomentUnits
+    ) -> Both[Factor]:
+        """Thin diagonals q and p: p_i q_j · `_root_mean` is 1/√V_ij of a rank-one V.
 
-    def _preconditioners(
-        self, pair: PairArrays, nu: Both[Factor], count: jax.Array
-    ) -> tuple[Factor, Factor]:
-        """Thin diagonals p and q, so that p_i q_j = 1/√V_ij with V's rank-one form.
+        They are times the unit of the mean, so that they are about 1.
 
         ε² joins V before its reconstruction, so that the result is an outer product;
         where Adam has 1/(√V + ε), this is at most √2 times as large.
         """
-        m, n = pair.b.feature_count, pair.a.feature_count
         floor = jnp.asarray(self.eps, pair.dtype) ** 2
-        row = nu.b.map(lambda x: unbiased(x / n, self.b2, count) + floor)
-        column = nu.a.map(lambda x: unbiased(x / m, self.b2, count) + floor)
-        mean = row.array.mean((row.axes.rank, *row.features))
-        # Where V overflows the direction is 0, as it is in Adam.
-        size = jnp.where(jnp.isposinf(mean), 0, jnp.sqrt(mean))
-        inverse_root = lambda x: reciprocal(jnp.sqrt(x))
-        return row.map(inverse_root), times(size, column.map(inverse_root))
+        counts = Both(pair.b.feature_count, pair.a.feature_count)
 
+        def diagonal(x: Factor, number: int) -> Factor:
+            mean = x.map(lambda y: unbiased(y / number, self.b2, count) + floor)
+            return times(size.mean, mean.map(lambda y: reciprocal(jnp.sqrt(y))))
 
-def _by(
-    size: jax.Array, scaled: InUnits, sums: Both[Factor]
-) -> tuple[Step, Both[Factor]]:
-    """The step and the sums for an E times a number, which may be 0."""
-    unit = size / _LARGEST * scaled.unit
-    step = scaled.step.map(functools.partial(times, unit))
-    # Cancellation may leave less than 0.
-    clean = sums.map(lambda x: kept(size != 0, x.map(lambda y: jnp.maximum(y, 0))))
-    return step, clean.map(functools.partial(times, size**2))
+        return nu.map(diagonal, counts)

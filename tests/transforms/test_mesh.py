@@ -9,6 +9,7 @@ import chex
 import jax
 import pytest
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from lorapro_jax import lora_rite, lorapro, lorapro_adamw
 from tests.support.meshes import LAYOUTS, collectives, put, random_tree
@@ -20,6 +21,13 @@ TRANSFORMS = {
 }
 
 KEPT = {"features", "layers", "replicated"}
+
+
+ONE_AXIS = {  # which axis is sharded, as with FSDP
+    "lora_a": (True, False), "lora_b": (False, True),
+    "layers": {"lora_a": (False, True, False), "lora_b": (False, False, True)},
+    "heads": {"lora_a": (False, True, False), "lora_b": (False, True)},
+}  # fmt: skip
 
 
 def two_steps(tx, params, state, *grads):
@@ -104,12 +112,36 @@ def test_only_rank_sized_blocks_travel_between_devices(
         largest = max(math.prod(map(int, re.findall(r"\d+", x))) for _, x in sent)
         # Gram matrices of all pairs and layers; second moments before and after a turn.
         stacks = [2 * (1 + 6 + 1)] + [4 * (1 + 6 + 1)] * (name == "lora_rite")
-        assert largest <= max(stacks) * 4 * 4 < 6 * 64 * 4 / 2  # a factor's share
+        # The products of a factor's layers: six at first, two with the second moment.
+        products = [6 * 6, 6 * 2] if name == "lorapro_adamw" else []
+        share = 6 * 64 * 4 / 2  # of a factor
+        assert largest <= max(stacks + products) * 4 * 4 < share
         gathered = {shape for kind, shape in sent if kind == "all-gather"}
-        assert gathered <= {"6", "6,4", "6,4,4", *(f"{x},4,4" for x in stacks)}
+        blocks = {"6,6,4,4", "6,2,4,4"} if products else set()
+        blocks |= {f"{x},4,4" for x in stacks}
+        assert gathered <= blocks | {"6", "6,4", "6,4,4"}
     else:
         assert kinds == ({"all-reduce"} if layout == "features" else set())
         assert {shape for _, shape in sent} <= BLOCKS
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_lorapro_adamw_reduces_three_times_a_step(axis_type, quick_compiles):
+    """For units, for Gram matrices, and for those that the second moment weighs."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+    specs = jax.tree.map(
+        lambda spec: P(*("x" if axis else None for axis in spec)),
+        ONE_AXIS,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    params, grads = (put(random_tree(seed), mesh, specs) for seed in (0, 1))
+    tx = lorapro_adamw(0.1, max_grad_norm=1.0)
+
+    compiled = jax.jit(tx.update).lower(grads, tx.init(params), params).compile()
+
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    program = compiled.as_text()
+    assert re.findall(rf" ({kinds})(?:-start)?\(", program) == ["all-reduce"] * 3
 
 
 def test_control_reshaping_a_sharded_factor_would_gather_it(quick_compiles):
