@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from ..algebra._axes import Shape
+from ._keys import PREFIX
 from ._tensors import safetensors_package
 
 ModelSpec: TypeAlias = str | os.PathLike[str] | Iterable[str] | Any
@@ -73,6 +74,11 @@ def _checked(base: Base) -> Base:
             "`model=` has to be a module of PyTorch, its state dict, the names of all "
             "weights, as `list(model.state_dict())` has them, or a folder or a "
             "config.json of transformers."
+        )
+    if any(x.startswith(PREFIX) for x in base.shapes):
+        raise ValueError(
+            "`model=` is a model that PEFT has wrapped already. Pass the base model as "
+            "it was before `get_peft_model`, or a folder or names of that."
         )
     return base
 

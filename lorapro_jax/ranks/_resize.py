@@ -98,8 +98,9 @@ def resize_adapters(
 
     Raises:
       ValueError: No pair; a rank that is no integer of at least 1, a pair without one,
-        or one of no pair; no `key` for a rank that rises; a rank that a sharded axis
-        cannot have; moments of another optimizer in `state`; what `find_pairs` raises.
+        or one of no pair; no `key` for a rank that rises, or one that is none; a rank
+        that a sharded axis cannot have; moments of another optimizer in `state`, or of
+        other factors; what `find_pairs` raises.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -112,6 +113,7 @@ def resize_adapters(
       >>> 0 < resized.errors["lora_a"] < 1
       Array(True, dtype=bool)
     """
+    _check_key(key)
     pairs = None if pairs is None else as_spec(pairs)
     options: dict[str, Any] = {"scale": scale, "alpha": alpha, "rslora": rslora}
     found = find_pairs(params, **options, pairs=pairs, stack_axis=stack_axis)
@@ -140,6 +142,19 @@ def resize_adapters(
     return Resized(
         tree, errors, None if state is None else resize_state(state, changes)
     )
+
+
+def _check_key(key: Any) -> None:
+    """Raises ValueError for what is no key of `jax.random`."""
+    if key is None:
+        return
+    try:
+        jax.eval_shape(jax.random.fold_in, key, 0)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`key={key!r}` is no key of `jax.random`. Pass `key=jax.random.key(0)` or "
+            "another key."
+        ) from None
 
 
 def _differ(pair: LoRAPair, rank: int, scale: ArrayLike) -> bool:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from .._checks import some
 from .._placement import cast_to, placed_like
 from ..algebra._adjust import project
 from ..algebra._axes import Shape
@@ -53,10 +54,12 @@ def resize_state(state: Any, changes: Sequence[Change]) -> Any:
     """A state of any Optax chain with `lorapro_adamw` for the changed factors.
 
     Raises:
-      ValueError: It holds something else that has the shape of a factor.
+      ValueError: It holds something else for the entries of a factor, or moments and
+        none of these factors.
     """
     is_ours = lambda x: isinstance(x, OverPairsState)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_ours)
+    ours = [x.pairs for _, x in leaves if is_ours(x)]
     new = []
     for path, x in leaves:
         if is_ours(x):
@@ -64,18 +67,34 @@ def resize_state(state: Any, changes: Sequence[Change]) -> Any:
         else:
             _check_foreign(normalize_path(path), x, changes)
         new.append(x)
+    _check_known(ours, changes)
     return jax.tree.unflatten(treedef, new)
+
+
+def _check_known(ours: Sequence[Any], changes: Sequence[Change]) -> None:
+    """Raises ValueError where moments are of other paths than all changed factors."""
+    known = [path for x in ours for path in _values(x.factors)]
+    changed = [path for change in changes for path in change.old.paths]
+    if known and changed and not set(known) & set(changed):
+        raise ValueError(
+            f"`state` has moments of {some(known)}, and of none of the factors that "
+            f"change, {some(changed)}. Pass the tree that `tx.init` got, or leave "
+            "`state` out if these are frozen."
+        )
 
 
 def _check_foreign(path: str, leaf: Any, changes: Sequence[Change]) -> None:
     """Raises ValueError for what another optimizer keeps for each entry of a factor."""
     for change in changes:
         for factor, shape in zip(change.old.paths, change.shapes, strict=True):
-            if f"/{path}".endswith(f"/{factor}") and jnp.shape(leaf) == shape:
+            # Adafactor has rows and columns of a factor, SM3 a list of them: all that
+            # is more than one number was made for its axes.
+            if f"/{factor}/" in f"/{path}/" and jnp.size(leaf) > 1:
                 raise ValueError(
-                    f"`state` has `{path}` {shape}, which belongs to the entries of "
-                    f"`{factor}` and has no meaning at another rank. Only the moments "
-                    f"of `lorapro_adamw`, which are those of W, have one. {_REMEDY}"
+                    f"`state` has `{path}` {jnp.shape(leaf)}, which belongs to the "
+                    f"entries of `{factor}` {shape} and has no meaning at another "
+                    "rank. Only the moments of `lorapro_adamw`, which are those of W, "
+                    f"have one. {_REMEDY}"
                 )
 
 

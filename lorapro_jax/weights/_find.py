@@ -152,6 +152,9 @@ def _candidates(pair: LoRAPair) -> Iterator[tuple[str, ...]]:
     while True:
         modules = [place, *([*place, module] for module in _MODULES)]
         yield tuple("/".join((*module, x)) for module in modules for x in _NAMES)
+        # `nnx.LoRA` around `nnx.LoRA`: one wraps what the other does.
+        twice = [[*place, module, module] for module in _MODULES]
+        yield tuple("/".join((*module, x)) for module in twice for x in _NAMES)
         # `q/lora/lora_a` is of `q/kernel`, `q/_LoRAEinsum_0/lora/a` of `q/w`.
         if not (place and re.search("lora|adapter", place[-1], re.IGNORECASE)):
             return

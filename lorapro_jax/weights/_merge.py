@@ -14,15 +14,15 @@ from .._placement import placed_like
 from ..algebra._factors import Both, Factor
 from ..pairs._axes import LoRAPair
 from ..pairs._find import PairsSpec, find_pairs
-from ..pairs._leaves import Leaf, index_leaves
+from ..pairs._leaves import index_leaves
 from ..pairs._messages import no_pairs_message, shared_weights
 from ..pairs._scale import ScaleSpec
 from ._axes import Order
 from ._find import Kernel, find_kernels
 from ._given import KernelsSpec
+from ._mergeable import check_one_each, check_weight, check_width
 from ._product import add_product
 from ._prune import without
-from ._values import is_quantized
 
 
 def merge_adapters(
@@ -75,8 +75,9 @@ def merge_adapters(
     Raises:
       ValueError: No pair; no base weight, or one whose axes nothing proves; a
         quantised one; two adapters on one weight, unless `pairs` names them; a sum that
-        is not finite, which under `jit` is not looked at; factors that cannot be
-        removed; what `find_pairs` raises. The message names the path.
+        is not finite, which under `jit` is not looked at; NumPy's float64 without JAX's
+        64 bits; factors that cannot be removed; what `find_pairs` raises. The message
+        names the path.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -144,9 +145,14 @@ def plan_merge(
             "...]`."
         )
     at, leaves = find_kernels(params, found, kernels, known), index_leaves(params)
-    for pair, kernel in zip(found, at, strict=True):
-        _check_weight(pair, kernel.path, leaves)
-    return [Merge(*x) for x in zip(found, at, strict=True)]
+    if options["pairs"] is None:
+        check_one_each(found, at)
+    todo = [Merge(*x) for x in zip(found, at, strict=True)]
+    for merge in todo:
+        check_weight(merge.pair, merge.kernel.path, leaves)
+        for path in merge.paths:
+            check_width(path, leaves[path].value)
+    return todo
 
 
 def merged(merge: Merge, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,36 +184,6 @@ def merged(merge: Merge, arrays: Mapping[str, Any]) -> dict[str, Any]:
             "the sum: cast it to a wider one first."
         )
     return {path: placed_like(new, weight), pair.b: _zeros(b)}
-
-
-def _check_weight(pair: LoRAPair, path: str, leaves: Mapping[str, Leaf]) -> None:
-    """Raises ValueError where a base weight cannot take a sum."""
-    if path not in leaves or is_quantized(leaves[path].value):
-        parts = [x for x in leaves if x == path or x.startswith(f"{path}/")]
-        kinds = {x: str(leaves[x].value.dtype) for x in parts}
-        raise ValueError(
-            f"`{path}`, the base weight of `{pair.a}`, is quantised: {kinds}. Its "
-            "codes cannot hold the sum: dequantise it first. With qwix that is "
-            "`jax.tree.map(lambda x: qwix.dequantize(x) if isinstance(x, qwix.QArray) "
-            "else x, tree, is_leaf=lambda x: isinstance(x, qwix.QArray))` for the "
-            "parameters of a Linen model, and the same with "
-            "`nnx.Param(qwix.dequantize(x))` for an NNX model itself, whose state "
-            "knows no `QArray`. Or put these factors beside the weights as they were "
-            "before, and merge there."
-        )
-    leaf = leaves[path]
-    if not leaf.unique:
-        raise ValueError(f"Two leaves have the path `{path}`. Rename one of them.")
-    if not jnp.issubdtype(leaf.value.dtype, jnp.floating):
-        raise ValueError(
-            f"`{path}`, the base weight of `{pair.a}`, is {leaf.value.dtype}, not real "
-            "floating point. Cast it first, or leave this pair out with `pairs=`."
-        )
-    if isinstance(leaf.value, jax.ShapeDtypeStruct):
-        raise ValueError(
-            f"`{path}` is a shape without values. For a tree of shapes, call "
-            "`merge_adapters` under `jax.eval_shape`."
-        )
 
 
 def _zeros(x: Any) -> Any:

@@ -13,6 +13,7 @@ from ..pairs._scale import ScaleSpec
 from ._axes import Order
 from ._given import KernelsSpec
 from ._merge import merged, plan_merge
+from ._shared import check_unshared
 
 
 def merge_model(
@@ -29,7 +30,8 @@ def merge_model(
 
     Pair by pair: beside the model there is one new base weight at a time. The model
     tells more than its state does: the kernels of Flax's `Linear`, `LinearGeneral` and
-    `Conv` have their inputs first, even where they are square. To get rid of the
+    `Conv` have their inputs first, even where they are square; and a weight that a
+    layer without the adapter uses too is an error. To get rid of the
     adapters too, give the state to a model without them:
     `nnx.update(plain, merge_adapters(nnx.state(model), remove=True))`.
 
@@ -66,6 +68,8 @@ def merge_model(
     options |= {"pairs": pairs, "stack_axis": stack_axis}
     todo = plan_merge(nnx.state(model), kernels, options, known_orders(model))
     places = _places(model)
+    at = {path: place for path, (place, _) in places.items()}
+    check_unshared(model, at, [merge.paths for merge in todo])
     for merge in todo:
         arrays = {path: jax.tree.leaves(places[path][1])[0] for path in merge.paths}
         new = merged(merge, arrays)

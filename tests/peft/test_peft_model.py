@@ -61,6 +61,7 @@ def test_names_that_the_base_model_lacks_are_errors(way, tmp_path):
         ([3], "has to be a module of PyTorch"),
         (3, "has to be a module of PyTorch"),
         ([[]], "has to be a module of PyTorch"),
+        (["base_model.model.mlp.up.weight"], "wrapped already. Pass the base model"),
         ("meta-llama/Llama-3", "does not exist.* nothing is downloaded"),
     ],
 )

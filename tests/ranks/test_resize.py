@@ -304,6 +304,15 @@ def test_an_error_says_what_to_do(case):
         resize_adapters(params, ranks)
 
 
+@pytest.mark.parametrize("key", [0, "x", 1.5, np.zeros(3), jnp.zeros(2)])
+@pytest.mark.parametrize("rank", [2, 5])
+def test_a_key_that_is_none_is_an_error_whose_remedy_works(rank, key):
+    with pytest.raises(ValueError, match=r"is no key of `jax.random`"):
+        resize_adapters(small(), rank, key=key)
+    for good in (jax.random.key(0), jax.random.PRNGKey(0)):
+        resize_adapters(small(), rank, key=good)
+
+
 def test_dtypes_stay_and_the_error_is_that_of_the_rounded_factors():
     params = small(jnp.bfloat16)
     params["up"]["lora_b"] = params["up"]["lora_b"].astype(jnp.float32)

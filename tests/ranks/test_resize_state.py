@@ -206,6 +206,14 @@ FOREIGN = {
     "accumulated gradients": (
         optax.MultiSteps(OURS, 2).gradient_transformation(), "`acc_grads/head/lora_a`"
     ),
+    "rows and columns": (
+        optax.chain(lorapro(), optax.adafactor(0.1, min_dim_size_to_factor=2)),
+        r"`1/0/v_row/head/lora_a` \(2,\), which belongs to the entries of `head/lor",
+    ),
+    "a list of axes": (
+        optax.chain(lorapro(), optax.sm3(0.1)),
+        r"`1/0/mu/head/lora_a/0` \(8,\), which",
+    ),
 }  # fmt: skip
 
 
@@ -240,6 +248,25 @@ def test_a_state_of_other_parameters_is_refused():
     other = resize_adapters(params, 1).params
     with pytest.raises(ValueError, match=r"of shape \(8, 1\) for `head/lora_a`, which"):
         resize_adapters(params, 3, key=KEY, state=OURS.init(other))
+
+
+def test_a_state_of_other_paths_is_refused_and_the_remedy_works():
+    """It would come back as it was, and fail in the next step."""
+    params = trees.make_params()
+    state, outer = OURS.init(params), {"params": params}
+    with pytest.raises(ValueError, match=r"moments of .*'head/lora_a'.*Pass the tree"):
+        resize_adapters(outer, 1, state=state)
+    result = resize_adapters(params, 1, state=state)
+    due = jax.eval_shape(OURS.init, result.params)
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    assert shapes(result.state) == jax.tree.map(lambda x: x.shape, due)
+    assert resize_adapters(outer, 1).state is None  # left out
+    # What is frozen has no moments, and some of the rest has.
+    frozen = {"head": params["head"]}
+    some = resize_adapters(params, 1, state=OURS.init(frozen))
+    assert shapes(some.state) == shapes(
+        resize_adapters(frozen, 1, state=OURS.init(frozen)).state
+    )
 
 
 @pytest.mark.skipif(OLD_FLAX, reason="needs flax 0.12; see `test_adamw_nnx.py`")

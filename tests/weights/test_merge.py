@@ -1,6 +1,7 @@
 """W0 + s B A, seen through the forward pass of every stack's real layers."""
 
 import gc
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from lorapro_jax import LoRAPair, find_pairs, merge_adapters, merge_model
 from lorapro_jax.algebra._axes import FactorAxes
 from lorapro_jax.algebra._factors import Both, Factor
+from lorapro_jax.pairs._leaves import index_leaves
 from lorapro_jax.weights._find import Kernel
 from lorapro_jax.weights._merge import merged
 from lorapro_jax.weights._product import add_product
@@ -450,3 +452,159 @@ def test_what_the_messages_propose_is_merged():
 def test_an_nnx_model_is_needed_for_merging_in_place():
     with pytest.raises(TypeError, match=r"`model` is a dict, not an `nnx.Module`"):
         merge_model(layer())
+
+
+# --- Several adapters on one weight, several layers with one ---
+
+
+def two_adapters(first, second):
+    """A layer with two pairs under these names, and s B A of each."""
+    kernel, a, b = (normal(*shape, seed=9) for shape in ((6, 5), (6, 2), (2, 5)))
+    pair = lambda size: {"lora_a": size * a, "lora_b": b}
+    tree = {"q": {"kernel": kernel}}
+    for name, size in ((first, 1.0), (second, 2.0)):
+        node = tree["q"]
+        if name:
+            node = node.setdefault(name, {})
+        node.update(pair(size))
+    return tree, kernel, a @ b
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("adapter_en", "adapter_fr"), ("lora", "lora_1"), ("", "lora_fr"), ("l0", "l1")],
+)
+def test_two_adapters_on_one_weight_are_an_error_whose_remedy_works(names):
+    """Whatever they are called: the base weight that was found is one."""
+    tree, kernel, product = two_adapters(*names)
+    options = {"kernels": {".*": "q/kernel"}} if names[0] == "l0" else {}
+    with pytest.raises(ValueError, match=r"adapters on one weight.*name those, with"):
+        merge_adapters(tree, **options)
+    path = lambda name, x: "/".join(part for part in ("q", name, x) if part)
+    one, two = ((path(x, "lora_a"), path(x, "lora_b")) for x in names)
+    for pairs, size in (([one], 1.0), ([two], 2.0), ([one, two], 3.0)):
+        new = merge_adapters(tree, pairs=pairs, **options)["q"]["kernel"]
+        np.testing.assert_allclose(new, kernel + size * product, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pattern_of_kernels_for_several_pairs_is_an_error_whose_remedy_works():
+    """Both layers of a tree would go into the weight of one."""
+    weights = {name: normal(6, 6, seed=i) for i, name in enumerate("qk")}
+    pair = lambda seed: {
+        "lora_a": normal(6, 2, seed=seed), "lora_b": normal(2, 6, seed=seed + 1)
+    }  # fmt: skip
+    tree = {name: {"kernel": w} for name, w in weights.items()}
+    tree["lora"] = {"q": pair(3), "k": pair(5)}
+    with pytest.raises(ValueError, match=r"one weight, `q/kernel`.*give each pair an"):
+        merge_adapters(tree, kernels={".*": ("q/kernel", 0, 1)})
+    each = {f"lora/{x}/lora_a": (f"{x}/kernel", 0, 1) for x in "qk"}
+    new = merge_adapters(tree, kernels=each)
+    for name, w in weights.items():
+        want = w + tree["lora"][name]["lora_a"] @ tree["lora"][name]["lora_b"]
+        np.testing.assert_allclose(new[name]["kernel"], want, rtol=1e-5, atol=1e-5)
+
+
+class Uses(nnx.Module):
+    """One adapted layer, and what else uses a part of it."""
+
+    def __init__(self, kind):
+        rngs = nnx.Rngs(0)
+        self.a: Any
+        self.b: Any
+        if kind in ("base", "twice"):
+            base = nnx.Linear(6, 6, use_bias=False, rngs=rngs)
+            self.a = nnx.LoRA(6, 2, 6, base_module=base, rngs=rngs)
+        else:
+            self.a = nnx.LoRALinear(6, 6, lora_rank=2, rngs=rngs)
+        if kind == "kernel":
+            self.b = nnx.Linear(6, 6, rngs=rngs)
+            self.b.kernel = self.a.kernel
+        elif kind == "adapter":
+            self.b = nnx.LoRALinear(6, 6, lora_rank=2, rngs=rngs)
+            self.b.lora = self.a.lora
+        elif kind == "base":
+            self.b = nnx.LoRA(6, 2, 6, base_module=self.a.base_module, rngs=rngs)
+        elif kind == "layer":
+            self.b = self.a
+        elif kind == "twice":
+            self.a = nnx.LoRA(6, 2, 6, base_module=self.a, rngs=rngs)
+            self.b = jnp.tanh
+
+    def __call__(self, x):
+        return self.b(jnp.tanh(self.a(x)))
+
+
+def moved(model):
+    """Factors of which none is 0."""
+    adapters = nnx.state(model, nnx.LoRAParam)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.3, adapters))
+
+
+COPIES = {
+    "kernel": lambda model: setattr(model.b, "kernel", nnx.clone(model.b.kernel)),
+    "adapter": lambda model: setattr(model.b, "lora", nnx.clone(model.b.lora)),
+    "base": lambda model: setattr(
+        model.b, "base_module", nnx.clone(model.b.base_module)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_what_a_layer_without_the_adapter_uses_is_an_error_whose_remedy_works(kind):
+    """The graph of a model shows it: with a copy it merges, and computes the same."""
+    model, x = Uses(kind), normal(3, 6)
+    moved(model)
+    before = model(x)
+    owner, shared = {
+        "kernel": ("a/lora", "a/kernel"), "adapter": ("a/lora", "a/lora"),
+        "base": ("a", "a/base_module"),
+    }[kind]  # fmt: skip
+    pairs = [(f"{owner}/lora_a", f"{owner}/lora_b")]
+    match = rf"`{shared}` is in several places.*module\.x = nnx\.clone\(module\.x\)"
+    with pytest.raises(ValueError, match=match):
+        merge_model(model, pairs=pairs)
+    assert distance(model(x), before) == 0
+
+    COPIES[kind](model)
+
+    merge_model(model)
+    assert distance(model(x), before) < TOLERANCE
+    left = [pair.b for pair in find_pairs(nnx.state(model))]
+    assert len(left) == (1 if kind == "kernel" else 2)
+    leaves = index_leaves(nnx.state(model))
+    assert not any(np.any(leaves[path].value) for path in left)
+
+
+@pytest.mark.parametrize("kind", ["layer", "twice"])
+def test_a_layer_that_is_used_twice_with_its_adapter_is_merged(kind):
+    """And an adapter around an adapter, by `pairs=` as the message has it."""
+    model, x = Uses(kind), normal(3, 6)
+    moved(model)
+    before, pairs = model(x), None
+    if kind == "twice":
+        with pytest.raises(ValueError, match="name those, with"):
+            merge_model(model)
+        pairs = [(pair.a, pair.b) for pair in find_pairs(nnx.state(model))]
+        assert len(pairs) == 2
+    merge_model(model, pairs=pairs)
+    assert distance(model(x), before) < TOLERANCE
+    moved(model)  # control: the adapters are still there
+    assert distance(model(x), before) > 20 * TOLERANCE
+
+
+def test_64_bits_of_numpy_are_kept_or_refused(x64):
+    """The dtypes of the result are those of the tree."""
+    tree = jax.tree.map(np.float64, jax.device_get(layer()))
+    new = merge_adapters(tree)
+    assert {x.dtype for x in jax.tree.leaves(new)} == {np.dtype(np.float64)}
+    np.testing.assert_array_equal(new["kernel"], 4.0)
+
+
+@pytest.mark.parametrize("name", ["kernel", "lora_a", "lora_b"])
+def test_64_bits_that_jax_would_cut_are_an_error_whose_remedy_works(name):
+    tree = jax.device_get(layer())
+    tree[name] = tree[name].astype(np.float64)
+    with pytest.raises(ValueError, match=f"`{name}` is float64, .* cast the tree to"):
+        merge_adapters(tree)
+    new = merge_adapters(jax.tree.map(np.float32, tree))
+    np.testing.assert_array_equal(new["kernel"], 4.0)
