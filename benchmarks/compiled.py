@@ -9,8 +9,10 @@
 For Llama-2-7B's adapters, by the number of layers: seconds to trace and to compile,
 the kernels of the program, its temporary memory, and what XLA's TPU compiler expects
 it to take. None of it is a measured time. Like pairs are stacked where the package
-does so, on GPUs; `stacked` and `one by one` are both shown. Compiled for a TPU v5e
-and an H100; without a GPU at hand, the compiler picks no algorithms by trying them.
+does so, on GPUs; `stacked` and `one by one` are both shown, and so are `leaves` that
+hold all layers, `[layers, n, r]`. Compiled for a TPU v5e and an H100; without a GPU at
+hand, the compiler picks no algorithms by trying them. A second table holds
+`lorapro_adamw`'s figures against what they should be.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from rich.table import Table
 from lorapro_jax import lorapro, lorapro_adamw
 from lorapro_jax.transforms import _groups
 
+from . import limits
 from .measure import machine, save, tree_bytes
 from .trees import SCALE, TREES
 
@@ -44,6 +47,7 @@ CONTENDERS = {
     "lorapro + adamw": lambda: optax.chain(lorapro(scale=SCALE), optax.adamw(1e-4)),
     "lorapro_adamw": lambda: lorapro_adamw(1e-4, scale=SCALE),
 }
+FORMS = "one by one", "stacked", "leaves"
 KERNELS = "fusion|custom-call|copy|transpose|dot|convolution|reduce|concatenate"
 # What XLA wants to know of a GPU that it cannot ask.
 H100 = """
@@ -93,17 +97,16 @@ def device(platform: str) -> Any:
     return topology.devices[0]
 
 
-def shapes(rank: int, depth: int) -> Any:
-    """The adapters of this many layers of Llama-2-7B."""
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+def shapes(rank: int, depth: int, *, leaves: bool = False) -> Any:
+    """The adapters of this many layers of Llama-2-7B, or leaves that hold them all."""
+    layers = (depth,) if leaves else ()
+    array = lambda *shape: jax.ShapeDtypeStruct((*layers, *shape), jnp.float32)
     (stack,) = TREES["llama2-7b"].values()
-    return {
-        f"layers_{i}": {
-            name: {"lora_a": array(fan_in, rank), "lora_b": array(rank, fan_out)}
-            for name, (fan_in, fan_out) in stack.layers.items()
-        }
-        for i in range(depth)
+    block = lambda: {
+        name: {"lora_a": array(fan_in, rank), "lora_b": array(rank, fan_out)}
+        for name, (fan_in, fan_out) in stack.layers.items()
     }
+    return block() if leaves else {f"layers_{i}": block() for i in range(depth)}
 
 
 def kernels(program: str) -> int:
@@ -118,7 +121,9 @@ def kernels(program: str) -> int:
     return count
 
 
-def compiled(name: str, rank: int, depth: int, at: Any) -> dict[str, Any]:
+def compiled(
+    name: str, rank: int, depth: int, at: Any, *, leaves: bool
+) -> dict[str, Any]:
     """A row of the table."""
     tx = CONTENDERS[name]()
 
@@ -126,7 +131,7 @@ def compiled(name: str, rank: int, depth: int, at: Any) -> dict[str, Any]:
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    params = shapes(rank, depth)
+    params = shapes(rank, depth, leaves=leaves)
     args = params, jax.eval_shape(tx.init, params), params
     there = SingleDeviceSharding(at)
     jitted = jax.jit(
@@ -156,7 +161,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """The rows for people."""
     columns = {
         "layers": lambda row: str(row["layers"]),
-        "": lambda row: "stacked" if row["stacked"] else "one by one",
+        "": lambda row: row["form"],
         "trace": lambda row: f"{row['trace_s']:.1f} s",
         "compile": lambda row: f"{row['compile_s']:.1f} s",
         "kernels": lambda row: f"{row['kernels']:,}",
@@ -186,16 +191,20 @@ def main() -> None:
     rows = []
     for depth in args.depths:
         for name in CONTENDERS:
-            for stacked in (False, True)[: 1 if name == "adamw" else 2]:
-                print(f"{name}, {depth} layers ...", file=sys.stderr)
-                _groups._stacking_pays = lambda stacked=stacked: stacked
-                row = compiled(name, args.rank, depth, at)
-                rows.append(row | {"rank": args.rank, "stacked": stacked})
-    rows.sort(key=lambda row: (row["contender"], row["stacked"], row["layers"]))
-    Console(width=110).print(table(rows))
+            for form in FORMS:
+                if name == "adamw" and form == "stacked":
+                    continue
+                print(f"{name}, {depth} layers, {form} ...", file=sys.stderr)
+                _groups._stacking_pays = lambda form=form: form == "stacked"
+                row = compiled(name, args.rank, depth, at, leaves=form == "leaves")
+                rows.append(row | {"rank": args.rank, "form": form})
+    rows.sort(key=lambda row: (row["contender"], row["form"], row["layers"]))
+    found = limits.compiled(rows, args.platform)
+    Console(width=110).print(table(rows), limits.table(found))
     info = machine() | {"platform": args.platform, "device": at.device_kind}
     output = args.output or RESULTS / f"compiled-{args.platform}.json"
-    save({"machine": info, "rows": rows}, output)
+    checks = [check._asdict() for check in found]
+    save({"machine": info, "rows": rows, "checks": checks}, output)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,13 @@ TREE = "llama2-7b"
 STEP = {"cpu": {8: 1.6, 16: 2.0}, "gpu": {8: 1.5, 16: 1.5, 64: 1.5}}
 LITERAL_SPEED, LITERAL_MEMORY = 500, 50
 COMPILE_S = 3.0
+ADAMW_STEP, ADAMW_TEMP = 7.5, 3.3
+# Of `lorapro_adamw` as compiled, by platform and form of the tree.
+ADAMW_COMPILED = {
+    ("cpu", "list"): {"temp_per_factor_bytes": ADAMW_TEMP},
+    ("cpu", "leaves"): {"temp_per_factor_bytes": ADAMW_TEMP, "compile_s": 10.0},
+    ("cuda", "leaves"): {"temp_per_factor_bytes": 2.4, "kernels": 400},
+}
 TEMP = 1.5
 CLIFF = 3.0
 
@@ -46,11 +53,32 @@ def checks(rows: Sequence[Row], platform: str) -> list[Check]:
             what = "the paper's formula, times the {}, r=8"
             found.append(_at_least(what.format("time"), speed, LITERAL_SPEED))
             found.append(_at_least(what.format("memory"), memory, LITERAL_MEMORY))
+        if tree == TREE and name == "lorapro_adamw" and (platform, rank) == ("cpu", 8):
+            what = "lorapro_adamw: {}, r=8"
+            for limit, key, of in (
+                (ADAMW_STEP, "x_adamw", "step, times AdamW's"),
+                (ADAMW_TEMP, "temp_per_factor_bytes", "temporaries, times factors"),
+            ):
+                found.append(_at_most(what.format(of), row[key], limit))
         if name == "lorapro" and rank > 16 and (tree, 16, name) in at:
             cost = lambda row: row["best_ms"] / row["factor_bytes"]
             cliff = cost(row) / cost(at[tree, 16, name])
             what = f"{tree}: cost a byte at r={rank}, times that at 16"
             found.append(_at_most(what, cliff, CLIFF))
+    return found
+
+
+def compiled(rows: Sequence[Row], platform: str) -> list[Check]:
+    """What can be said of rows of `compiled.py` with all layers of the model."""
+    found = []
+    deepest = max(row["layers"] for row in rows)
+    for row in rows:
+        if row["contender"] != "lorapro_adamw" or row["layers"] < deepest:
+            continue
+        what = f"lorapro_adamw, {row['form']}, r={row['rank']}: "
+        kind = "list" if row["form"] == "one by one" else row["form"]
+        for figure, limit in ADAMW_COMPILED.get((platform, kind), {}).items():
+            found.append(_at_most(what + figure, row[figure], limit))
     return found
 
 
