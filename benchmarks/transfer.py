@@ -87,13 +87,6 @@ class Cell(NamedTuple):
     scale: float
     start: str
 
-    def title(self) -> str:
-        """For a progress bar."""
-        if self.rank is None:
-            return ""
-        start = "" if self.start == "LoRA" else f", {self.start}"
-        return f", rank {self.rank}, s = {self.scale:g}{start}"
-
 
 def new_model(rank: int | None, seed: Any) -> ByteLM:
     """The model of `examples.byte_lm`, with an s in every layer."""
