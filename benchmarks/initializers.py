@@ -61,32 +61,42 @@ RATES = tuple(rate for rate in COARSE if 3.2e-3 <= rate <= 3.2e-2)
 TASKS = ("digits", "prose")
 
 
-def states_of(task: Task, base: nnx.State, rank: int, seed: int) -> dict[str, Any]:
-    """The whole state of the model by the name of its start."""
-    model = task.new_model(rank, seed)
-    nnx.update(model, base)
-    graph, state = nnx.split(model)
-    key = jax.random.key(seed)
+def first_gradients(task: Task, state: Any, graph: nnx.GraphDef, key: jax.Array) -> Any:
+    """The mean gradient over the batches that a run with this key trains on first."""
     steps = [Run(None, None, None, None, key, jnp.int32(i)) for i in range(BATCHES)]
-    gradients = estimate_gradients(
+    return estimate_gradients(
         lambda state, batch: loss_and_accuracy(nnx.merge(graph, state), batch)[0],
         state,
         [take_batch(step, task) for step in steps],
         progress=False,
     )
 
-    def started(start: Start | None) -> Any:
-        if start is None:
-            return state
-        kernel = lambda pair: pair.a.removesuffix("lora/lora_a") + "kernel"
-        size = start.size_over_rank * rank
-        pairs = [
-            p for p in find_pairs(state) if min(gradients[kernel(p)].shape) >= size
-        ]
-        options = {"key": key, "pairs": pairs}
-        return initialize_adapters(start.method, state, gradients, **options)
 
-    return {name: started(start) for name, start in STARTS.items()}
+def started(
+    start: Start, state: Any, gradients: Any, key: jax.Array, scale: float = 1.0
+) -> Any:
+    """The state with factors that start so, where the layer is large enough."""
+    kernel = lambda pair: pair.a.removesuffix("lora/lora_a") + "kernel"
+    pairs = [
+        pair
+        for pair in find_pairs(state)
+        if min(gradients[kernel(pair)].shape) >= start.size_over_rank * pair.rank
+    ]
+    options = {"key": key, "pairs": pairs, "scale": scale}
+    return initialize_adapters(start.method, state, gradients, **options)
+
+
+def states_of(task: Task, base: nnx.State, rank: int, seed: int) -> dict[str, Any]:
+    """The whole state of the model by the name of its start."""
+    model = task.new_model(rank, seed)
+    nnx.update(model, base)
+    graph, state = nnx.split(model)
+    key = jax.random.key(seed)
+    gradients = first_gradients(task, state, graph, key)
+    return {
+        name: state if start is None else started(start, state, gradients, key)
+        for name, start in STARTS.items()
+    }
 
 
 def start_from(task: Task, states: Sequence[Any]) -> Task:

@@ -35,6 +35,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.initializers import Start, first_gradients, started
 from benchmarks.measure import machine
 from benchmarks.methods import METHODS
 from benchmarks.quality import COARSE, cached
@@ -43,14 +44,14 @@ from benchmarks.tasks import SETTINGS
 from benchmarks.transfer_report import report
 from examples.byte_lm import ByteLM
 from examples.training import Data, Run, Task, loss_and_accuracy, schedule, take_batch
-from lorapro_jax import estimate_gradients, find_pairs, initialize_adapters
-from lorapro_jax.initializers import Initializer, lora_ga, pissa
+from lorapro_jax.initializers import lora_ga, pissa
 
 STEPS, SEEDS, WORST = 200, 3, float(np.log(128))
 SCALES = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)
 RANKS = {2: SCALES[::2], 4: SCALES, 16: SCALES[::2], 64: SCALES[::2]}
-STARTS: dict[str, Initializer | float] = {
-    "LoRA": 1.0, "A * 8": 8.0, "A / 8": 1 / 8, "PiSSA": pissa(), "LoRA-GA": lora_ga()
+STARTS: dict[str, Start | float] = {
+    "LoRA": 1.0, "A * 8": 8.0, "A / 8": 1 / 8,
+    "PiSSA": Start(pissa(), 2), "LoRA-GA": Start(lora_ga(), 2),
 }  # fmt: skip
 OTHER_STARTS_AT = (4, 16)
 RATES = {  # where sweeps begin, at rank 4 and s = 1; one that ends too soon goes on
@@ -109,19 +110,8 @@ def begin(task: Task, base: nnx.State, cell: Cell, seed: int) -> nnx.State:
         )
         return nnx.map_state(larger, state)
     key = jax.random.key(seed)
-    steps = [Run(None, None, None, None, key, jnp.int32(i)) for i in range(8)]
-    gradients = estimate_gradients(
-        lambda state, batch: loss_and_accuracy(nnx.merge(graph, state), batch)[0],
-        state, [take_batch(step, task) for step in steps], progress=False,
-    )  # fmt: skip
-    # LoRA-GA needs 2 r singular vectors.
-    kernel = lambda pair: pair.a.removesuffix("lora/lora_a") + "kernel"
-    pairs = [
-        x for x in find_pairs(state) if min(gradients[kernel(x)].shape) >= 2 * cell.rank
-    ]
-    return initialize_adapters(
-        start, state, gradients, key=key, pairs=pairs, scale=cell.scale
-    )
+    gradients = first_gradients(task, state, graph, key)
+    return started(start, state, gradients, key, cell.scale)
 
 
 def make_runs(
