@@ -16,6 +16,7 @@ from lorapro_jax import estimate_gradients, initialize_adapters, lorapro
 from lorapro_jax.initializers import lora_ga, pissa
 from lorapro_jax.peft import load_peft_adapter, save_peft_adapter
 from tests.support import tiny_llama
+from tests.support.torch_models import draw_factors, outputs_of, seeded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -31,17 +32,12 @@ ALPHA = 6.0
 
 def torch_model():
     """A `LlamaForCausalLM` with random weights, norms included."""
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny_llama.CONFIG))
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(0.3 * torch.randn_like(weight) + (weight.ndim == 1))
-    return model.eval()
+    config = transformers.LlamaConfig(**tiny_llama.CONFIG)
+    return seeded(lambda: transformers.LlamaForCausalLM(config))
 
 
 def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.from_numpy(TEXT)).logits.numpy()
+    return outputs_of(model, TEXT)
 
 
 def jax_logits(factors, scales):
@@ -101,11 +97,7 @@ def test_adapter_saved_by_peft_gives_the_same_outputs_in_jax(rslora, tmp_path):
         alpha_pattern={"layers.1.self_attn.q_proj": 2, "down_proj": 5},
     )  # fmt: skip
     model = peft.get_peft_model(torch_model(), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.copy_(0.3 * torch.randn_like(weight))
+    draw_factors(model)
     model.save_pretrained(tmp_path)
     template = jax.eval_shape(lambda: tiny_llama.adapters(RANKS, seed=0))
 

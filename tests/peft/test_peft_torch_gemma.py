@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from lorapro_jax.peft import load_peft_adapter, save_peft_adapter
+from tests.support.torch_models import draw_factors, outputs_of, seeded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -42,23 +43,18 @@ NAMES = {
 
 
 def torch_model():
-    torch.manual_seed(0)
     config = transformers.Gemma3TextConfig(
         vocab_size=WORDS, hidden_size=WIDTH, intermediate_size=HIDDEN,
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, head_dim=SIZE,
         num_key_value_heads=KV_HEADS, query_pre_attn_scalar=SIZE, sliding_window=16,
         layer_types=["sliding_attention"] * LAYERS, pad_token_id=0,
     )  # fmt: skip
-    model = transformers.Gemma3ForCausalLM(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(0.3 * torch.randn_like(weight))
-    return model.eval()
+    # Its norms multiply by 1 more than their weights.
+    return seeded(lambda: transformers.Gemma3ForCausalLM(config), norms=0.0)
 
 
 def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.from_numpy(TEXT)).logits.numpy()
+    return outputs_of(model, TEXT)
 
 
 def jax_model(folder, rank):
@@ -124,11 +120,7 @@ def test_an_adapter_that_peft_trained_on_gemma_comes_in(base, tmp_path):
         r=3, lora_alpha=ALPHA, target_modules=[*kernels, "down_proj"]
     )
     adapted = peft.get_peft_model(torch_model(), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_" in name:
-                weight.copy_(0.3 * torch.randn_like(weight))
+    draw_factors(adapted)
     adapted.save_pretrained(tmp_path)
     model = jax_model(base, rank=6)
     template = nnx.state(model, nnx.LoRAParam)

@@ -12,6 +12,7 @@ from lorapro_jax.peft import load_peft_adapter, save_peft_adapter
 from tests.support import tiny_llama
 from tests.support.peft_files import CONFIG, WEIGHTS, read
 from tests.support.tiny_llama import HIDDEN, KV_HEADS, LAYERS, SIZE, WIDTH, WORDS
+from tests.support.torch_models import outputs_of, seeded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -34,18 +35,12 @@ SIDE_BY_SIDE = {
 
 
 def torch_model(kind="LlamaForCausalLM", **options):
-    torch.manual_seed(0)
     config = transformers.LlamaConfig(**tiny_llama.CONFIG, pad_token_id=0, **options)
-    model = getattr(transformers, kind)(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(0.3 * torch.randn_like(weight) + (weight.ndim == 1))
-    return model.eval()
+    return seeded(lambda: getattr(transformers, kind)(config))
 
 
 def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.from_numpy(TEXT)).logits.numpy()
+    return outputs_of(model, TEXT)
 
 
 def adapted(folder, **options):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lorapro_jax.peft import load_peft_adapter, save_peft_adapter
+from tests.support.torch_models import outputs_of, seeded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -42,18 +43,12 @@ ATTENTION = "model.layers.0.self_attn.q_proj"
 
 
 def model_of(kind, config, **options):
-    torch.manual_seed(0)
     config = getattr(transformers, f"{config}Config")(**options)
-    model = getattr(transformers, kind)(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(0.3 * torch.randn_like(weight) + (weight.ndim == 1))
-    return model.eval()
+    return seeded(lambda: getattr(transformers, kind)(config))
 
 
 def logits(model):
-    with torch.no_grad():
-        return model(TEXT).logits.numpy()
+    return outputs_of(model, TEXT)
 
 
 def draw(*shape, seed):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lorapro_jax.peft import load_peft_adapter, save_peft_adapter
+from tests.support.torch_models import draw_factors, outputs_of, seeded
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -62,18 +63,8 @@ MODELS = {
 SIZES = {"gate_up": (WIDTH, 2 * HIDDEN), "down": (HIDDEN, WIDTH)}
 
 
-def torch_model(make):
-    torch.manual_seed(0)
-    model = make()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(0.3 * torch.randn_like(weight) + (weight.ndim == 1))
-    return model.eval()
-
-
 def logits(model):
-    with torch.no_grad():
-        return model(torch.from_numpy(TEXT)).logits.numpy()
+    return outputs_of(model, TEXT)
 
 
 def distance(got, want):
@@ -117,11 +108,11 @@ def test_experts_give_the_same_outputs_in_pytorch(model, names, tmp_path):
     options["module_names"] = {"moe/(.*)": template}
 
     save_peft_adapter(tmp_path, tree, **options)
-    adapted = logits(peft.PeftModel.from_pretrained(torch_model(make), tmp_path))
+    adapted = logits(peft.PeftModel.from_pretrained(seeded(make), tmp_path))
 
-    dense = with_dense(torch_model(make), tree, block, inputs_first, 2.0)
+    dense = with_dense(seeded(make), tree, block, inputs_first, 2.0)
     assert distance(adapted, logits(dense)) < TOLERANCE
-    assert distance(logits(torch_model(make)), adapted) > 1e-2  # control
+    assert distance(logits(seeded(make)), adapted) > 1e-2  # control
 
     back = load_peft_adapter(tmp_path, jax.eval_shape(lambda: tree), **options)
     for new, old in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
@@ -136,12 +127,8 @@ def test_an_adapter_that_peft_saved_comes_in(model, tmp_path):
         r=3, lora_alpha=6, target_modules=[], rank_pattern={"experts.down_proj": 5},
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )  # fmt: skip
-    adapted = peft.get_peft_model(torch_model(make), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_" in name:
-                weight.copy_(0.3 * torch.randn_like(weight))
+    adapted = peft.get_peft_model(seeded(make), config)
+    draw_factors(adapted)
     adapted.save_pretrained(tmp_path)
     tree = {"moe": {**adapters(["gate_up"])["moe"], **adapters(["down"], 5)["moe"]}}
     template = f"model.layers.{{}}.{block}.experts.\\1_proj"
@@ -151,11 +138,11 @@ def test_an_adapter_that_peft_saved_comes_in(model, tmp_path):
         module_names={"moe/(.*)": template},
     )  # fmt: skip
 
-    dense = with_dense(torch_model(make), back, block, inputs_first, 0.5)
+    dense = with_dense(seeded(make), back, block, inputs_first, 0.5)
     want = logits(adapted.eval())
     assert distance(logits(dense), want) < TOLERANCE
     # Negative control: the experts in another order.
     pair = back["moe"]["gate_up"]
     pair["lora_b"] = pair["lora_b"][:, ::-1]
-    dense = with_dense(torch_model(make), back, block, inputs_first, 0.5)
+    dense = with_dense(seeded(make), back, block, inputs_first, 0.5)
     assert distance(logits(dense), want) > 1e-3
