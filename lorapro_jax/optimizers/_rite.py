@@ -6,6 +6,7 @@ in any Optax chain.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -14,9 +15,9 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from .._checks import check_bool, check_float_dtype, check_number, check_positive
-from ..pairs._find import PairsSpec, as_spec
+from ..pairs._find import PairsSpec
 from ..pairs._scale import ScaleSpec
-from ..transforms._descent import descend
+from ..transforms._descent import descending
 from ..transforms._options import OnNoPairs, pair_finder
 from ..transforms._over_pairs import OverPairsState, over_pairs
 from ..transforms._wrt import WrtSpec, without_frozen
@@ -207,27 +208,24 @@ def lora_rite(
       >>> updates, state = tx.update(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
     """
-    check_number("weight_decay", weight_decay, 0, math.inf)
-    where: dict[str, Any] = {
-        "scale": scale,
-        "alpha": alpha,
-        "rslora": rslora,
-        "pairs": None if pairs is None else as_spec(pairs),
-        "stack_axis": stack_axis,
-        "on_no_pairs": on_no_pairs,
-        "wrt": wrt,
-    }
-    find = pair_finder(**where)
-    tx = optax.chain(
-        scale_by_lora_rite(
+    return descending(
+        functools.partial(
+            scale_by_lora_rite,
             b1,
             b2,
             eps,
             escape_mass=escape_mass,
             max_grad_norm=max_grad_norm,
             mu_dtype=mu_dtype,
-            **where,
         ),
-        descend(learning_rate, weight_decay, mask, find),
+        learning_rate,
+        weight_decay,
+        mask,
+        scale=scale,
+        alpha=alpha,
+        rslora=rslora,
+        pairs=pairs,
+        stack_axis=stack_axis,
+        on_no_pairs=on_no_pairs,
+        wrt=wrt,
     )
-    return without_frozen(tx, find, wrt)

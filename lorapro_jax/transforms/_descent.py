@@ -1,6 +1,7 @@
 """The learning rate and the weight decay of AdamW, on factors and on other leaves."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,19 +10,51 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from .._checks import is_real_scalar, is_traced, known, some
+from .._checks import check_number, is_real_scalar, is_traced, known, some
 from .._placement import cast_to
 from ..algebra._factors import Both
+from ..pairs._find import PairsSpec, as_spec
 from ..pairs._leaves import index_leaves, is_placeholder, is_under
 from ..pairs._names import normalize_path
-from ._options import FindPairs
+from ._options import FindPairs, pair_finder
 from ._view import View
+from ._wrt import WrtSpec, without_frozen
 
 _MASKS = (
     "It has to be a tree of bools like the parameters or a prefix of it, or a function "
     "from the parameters to one. Under `optax.inject_hyperparams`, name a function in "
     "`static_args`."
 )
+
+
+def descending(
+    direction: Callable[..., optax.GradientTransformationExtraArgs],
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: ArrayLike,
+    mask: Any,
+    *,
+    pairs: PairsSpec | None,
+    wrt: WrtSpec,
+    **where: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """A direction for LoRA pairs, and `descend` behind it.
+
+    Args:
+      direction: From the options that say where the pairs are to the direction.
+      learning_rate: See `descend`, as for the two below.
+      weight_decay: λ.
+      mask: Which leaves decay.
+      pairs: Explicit pairs. An iterator is read once, and serves both.
+      wrt: Which factors move.
+      **where: The other options of `pair_finder`.
+    """
+    check_number("weight_decay", weight_decay, 0, math.inf)
+    where |= {"pairs": None if pairs is None else as_spec(pairs), "wrt": wrt}
+    find = pair_finder(**where)
+    tx = optax.chain(
+        direction(**where), descend(learning_rate, weight_decay, mask, find)
+    )
+    return without_frozen(tx, find, wrt)
 
 
 def descend(
