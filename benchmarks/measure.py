@@ -29,6 +29,7 @@ class Contender:
     count: int = 1  # the time counts this often: the extrapolation of `literal`
     x_temp: float = 1.0  # its memory, times that of another
     times: list[float] = dataclasses.field(default_factory=list)
+    cpu_times: list[float] = dataclasses.field(default_factory=list)
 
     def compile(self) -> "Contender":
         """Traces and compiles, timing both."""
@@ -54,10 +55,14 @@ class Contender:
         return result
 
     def time(self) -> None:
-        """One more entry in `times`, in seconds."""
-        start = time.perf_counter()
+        """One more entry in `times` and one in `cpu_times`, in seconds.
+
+        The latter are of all threads: on a shared machine they say more.
+        """
+        start, cpu_start = time.perf_counter(), time.process_time()
         self.run()
         self.times.append(self.count * (time.perf_counter() - start))
+        self.cpu_times.append(self.count * (time.process_time() - cpu_start))
 
 
 def copy_bandwidth(repeat: int = 10, size: int = 2**28) -> dict[str, float]:

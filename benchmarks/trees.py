@@ -2,12 +2,15 @@
 
 A tree is `{"layers_0": {"q": {"lora_a": (in, r), "lora_b": (r, out)}}}`: every
 linear layer of the model's blocks carries an adapter, W = W0 + s A B in this
-layout. Only shapes and names are real; there is no model behind them.
+layout. A name that ends in `-leaves` is the same tree as `nnx.vmap` or a scan over
+layers has it, `{"layers": {"q": {"lora_a": (depth, in, r), ...}}}`. Only shapes and
+names are real; there is no model behind them.
 """
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -45,6 +48,7 @@ TREES: dict[str, dict[str, Stack]] = {
         "decoder": Stack(12, _SELF | _CROSS | _MLP),
     },
     "llama2-7b": {"layers": Stack(32, _LLAMA)},
+    "llama2-7b-leaves": {"layers": Stack(32, _LLAMA)},
 }
 
 
@@ -103,7 +107,22 @@ def build(name: str, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
         # `jnp.array` copies: a buffer shared with NumPy could not be donated.
         params.setdefault(block, {})[layer] = _factors(a, b)
         grads.setdefault(block, {})[layer] = _factors(grad_a, grad_b)
+    if is_stacked(name):
+        return _leaves(name, params), _leaves(name, grads)
     return params, grads
+
+
+def is_stacked(name: str) -> bool:
+    """Whether the blocks of a tree are in common leaves."""
+    return name.endswith("-leaves")
+
+
+def _leaves(name: str, tree: dict[str, Any]) -> dict[str, Any]:
+    blocks = lambda stack, depth: [tree[f"{stack}_{i}"] for i in range(depth)]
+    return {
+        stack: jax.tree.map(lambda *xs: jnp.stack(xs), *blocks(stack, depth))
+        for stack, (depth, _) in TREES[name].items()
+    }
 
 
 def _factors(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
