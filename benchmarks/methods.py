@@ -75,6 +75,9 @@ def _ours(rate: optax.Schedule, scale: Any, **options: Any) -> Any:
 
 METHODS = {
     "full": Recipe(lambda rate, _: adamw(rate), 1e-3, 3.2e-2, nnx.Param),
+    "full:nesterov": Recipe(
+        lambda rate, _: adamw(rate, nesterov=True), 1e-3, 3.2e-2, nnx.Param
+    ),
     "full:kernels": Recipe(lambda rate, _: adamw(rate), 1e-3, 3.2e-2, KERNELS),
     "LoRA": Recipe(lambda rate, _: adamw(rate), 3.2e-3, 1e-1),
     "LoRA:nesterov": Recipe(lambda rate, _: adamw(rate, nesterov=True), 3.2e-3, 1e-1),

@@ -25,6 +25,7 @@ ERRORS = 2  # standard errors: a difference of less is noise
 FULL, LORA, NESTEROV = "full", "LoRA", "LoRA:nesterov"
 COLORS = {
     "full": "0.2",
+    "full:nesterov": "tab:brown",
     "full:kernels": "0.6",
     "LoRA": "navajowhite",
     "LoRA:nesterov": "tab:orange",
