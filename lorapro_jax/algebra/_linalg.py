@@ -154,6 +154,21 @@ class Norm(NamedTuple):
         largest = 1 / jnp.finfo(self.unit.dtype).tiny
         return Norm(jnp.minimum(number * self.unit, largest), self.value)
 
+    @property
+    def number(self) -> jax.Array:
+        """The norm itself, which may overflow."""
+        return self.unit * self.value
+
+    def over(self, other: "Norm") -> jax.Array:
+        """The ratio to another norm; 0 where that is 0."""
+        return self.unit / other.unit * (self.value * reciprocal(other.value))
+
+    def together(self) -> "Norm":
+        """That of all of the arrays whose norms these are."""
+        unit = self.unit.max(initial=0)
+        unit = jnp.where(unit > 0, unit, 1)
+        return Norm(unit, root(jnp.sum((self.unit / unit * self.value) ** 2)))
+
     @classmethod
     def of(cls, x: jax.Array, over: tuple[int, ...] | None = None) -> "Norm":
         """√Σ|x|² of a real or complex array, over some axes or over all."""
