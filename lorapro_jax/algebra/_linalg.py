@@ -163,11 +163,13 @@ class Norm(NamedTuple):
         """The ratio to another norm; 0 where that is 0."""
         return self.unit / other.unit * (self.value * reciprocal(other.value))
 
-    def together(self) -> "Norm":
-        """That of all of the arrays whose norms these are."""
-        unit = self.unit.max(initial=0)
+    def together(self, owners: np.ndarray) -> "Norm":
+        """Those of all arrays of one owner, an integer from 0: `(owners,)`."""
+        count = int(owners.max()) + 1
+        unit = jax.ops.segment_max(self.unit, owners, count)
         unit = jnp.where(unit > 0, unit, 1)
-        return Norm(unit, root(jnp.sum((self.unit / unit * self.value) ** 2)))
+        squares = (self.unit / unit[owners] * self.value) ** 2
+        return Norm(unit, root(jax.ops.segment_sum(squares, owners, count)))
 
     @classmethod
     def of(cls, x: jax.Array, over: tuple[int, ...] | None = None) -> "Norm":

@@ -105,26 +105,38 @@ def table(
     found: Sequence[LoRAPair], layers: Layers, by_layer: bool
 ) -> dict[str, dict[str, jax.Array]]:
     """The numbers of each pair or layer, and of all."""
-    places, start = {}, 0
+    paths: list[str] = []
+    owners: list[int] = []
     for pair, batch in zip(found, layers.stack.batches, strict=True):
-        for i, index in enumerate(np.ndindex(*batch) if by_layer and batch else ()):
-            name = ",".join(map(str, index))
-            places[f"{pair.a}[{name}]"] = slice(start + i, start + i + 1)
-        if not (by_layer and batch):
-            places[pair.a] = slice(start, start + math.prod(batch))
-        start += math.prod(batch)
-    places["total"] = slice(None)
-    return {path: _numbers(layers, place) for path, place in places.items()}
+        if by_layer and batch:
+            names = [",".join(map(str, index)) for index in np.ndindex(*batch)]
+            owners += range(len(paths), len(paths) + len(names))
+            paths += [f"{pair.a}[{name}]" for name in names]
+        else:
+            owners += [len(paths)] * math.prod(batch)
+            paths.append(pair.a)
+    # All at once, because a tree may have hundreds of pairs.
+    every = [0] * len(owners)
+    each, total = (_numbers(layers, np.array(x)) for x in (owners, every))
+    rows = {path: {k: x[i] for k, x in each.items()} for i, path in enumerate(paths)}
+    return rows | {"total": {k: x[0] for k, x in total.items()}}
 
 
-def _numbers(layers: Layers, place: slice) -> dict[str, jax.Array]:
-    """Those of some layers together."""
-    of = lambda norm: Norm(*(x[place] for x in norm)).together()
+def _numbers(layers: Layers, owners: np.ndarray) -> dict[str, jax.Array]:
+    """Those of the layers with one owner together, for each owner, `(owners,)`.
+
+    Args:
+      layers: N of them.
+      owners: `(N,)` integers from 0.
+    """
+    of = lambda norm: norm.together(owners)
     closest, damped, plain, own = map(of, layers.descents)
     update, adapter = of(layers.products.update), of(layers.products.adapter)
-    a, b = map(of, layers.products.sides)
+    a, b = layers.products.sides
+    sides = Norm(*map(jnp.concatenate, zip(a, b, strict=True)))
     kept = damped.over(closest) ** 2
-    both = Norm(*map(jnp.stack, zip(a, b, strict=True))).together()
+    counts = np.bincount(owners)
+    ranks = jax.ops.segment_sum(layers.products.effective_rank, owners, len(counts))
     numbers = {
         "closest_norm": closest.number,
         "lora_norm": plain.number,
@@ -132,8 +144,8 @@ def _numbers(layers: Layers, place: slice) -> dict[str, jax.Array]:
         "damped_share": jnp.where(closest.value == 0, 0, jnp.clip(1 - kept, 0, 1)),
         "update_norm": update.number,
         "update_to_adapter": update.over(adapter),
-        "balance": b.over(both) ** 2,
-        "effective_rank": layers.products.effective_rank[place].mean(),
+        "balance": of(b).over(sides.together(np.tile(owners, 2))) ** 2,
+        "effective_rank": ranks / counts.astype(ranks.dtype),
     }
     if layers.weights is not None:
         numbers["update_to_base"] = update.over(of(layers.weights))
