@@ -131,9 +131,11 @@ def start(
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds, for a table; one value alone."""
-    mean = f"{np.mean(values):.3f}"
-    return mean + (f" ± {np.std(values):.3f}" if len(values) > 1 else "")
+    """Mean ± its standard error over seeds, for a table; one value alone."""
+    mean, count = f"{np.mean(values):.3f}", len(values)
+    if count < 2:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1) / np.sqrt(count):.3f}"
 
 
 def loss_and_accuracy(model: Any, data: Data) -> tuple[jax.Array, jax.Array]:
