@@ -1,5 +1,6 @@
 """`step_metrics` against the definitions of its numbers, on dense float64 matrices."""
 
+import functools
 import math
 import re
 
@@ -103,6 +104,18 @@ def expected(layers, scales, damping=0.1, before=None):
     }
 
 
+@functools.cache
+def program(**options):
+    return jax.jit(functools.partial(step_metrics, **options))
+
+
+def see(*trees, base=None, before=None, **options):
+    """All numbers, by one program for the same shapes and options."""
+    given = {"base": base, "before": before}
+    given = {name: x for name, x in given.items() if x is not None}
+    return program(**options)(*trees, **given)
+
+
 def trees(layout, layers, scales):
     """Parameters with W0, gradients and updates of one module `x`, in float32."""
     lay_out, options = LAYOUTS[layout]
@@ -140,8 +153,8 @@ def test_numbers_are_those_of_dense_matrices(layout):
 
     @jax.jit
     def both(*trees):
-        see = lambda **more: step_metrics(*trees, base=trees[0], **options, **more)
-        return see(), see(by_layer=True)
+        of = lambda **more: step_metrics(*trees, base=trees[0], **options, **more)
+        return of(), of(by_layer=True)
 
     received, by_layer = both(params, grads, updates)
 
@@ -166,7 +179,7 @@ def test_total_is_that_of_all_layers_of_all_pairs():
         {f"{i}/{k}": x for i, part in enumerate(column) for k, x in part.items()}
         for column in zip(*parts, strict=True)
     )
-    received = jax.jit(step_metrics)(params, grads, updates, base=params, scale=2.0)
+    received = see(params, grads, updates, base=params, scale=2.0)
     assert len(received) == 4
     check(received["total"], expected(layers, scales))
     check(received["1/x/lora_a"], expected(layers[1:2], [2.0]))
@@ -179,7 +192,7 @@ def test_with_the_step_before_the_share_is_that_of_damping_by_motion():
     old = a - 0.3 * rng.standard_normal(a.shape), b - 0.3 * rng.standard_normal(b.shape)
     params, grads, updates, options = trees("flax", layers, [2.0])
     before = {"x/lora_a": old[0].T, "x/lora_b": old[1].T}
-    received = step_metrics(params, grads, updates, before=before, **options)
+    received = see(params, grads, updates, before=before, **options)
     wanted = expected(layers, [2.0], before=[old])
     check(received["total"], wanted)
     assert abs(wanted["damped_share"] / expected(layers, [2.0])["damped_share"] - 1) > 1
@@ -191,14 +204,15 @@ def test_the_share_is_that_of_the_step_of_lorapro():
     inner = lambda x, y: sum(jnp.vdot(x[k], y[k]) for k in ("x/lora_a", "x/lora_b"))
     rates = []
     for damping in (0.0, 0.5):
-        step, _ = lorapro(scale=2.0, damping=damping).update(grads, None, params)
+        tx = lorapro(scale=2.0, damping=damping)
+        step, _ = jax.jit(tx.update)(grads, tx.init(params), params)
         rates.append(inner(step, grads))
-    received = step_metrics(params, grads, updates, damping=0.5, **options)["total"]
+    received = see(params, grads, updates, damping=0.5, **options)["total"]
     np.testing.assert_allclose(received["closest_norm"] ** 2, rates[0], rtol=RTOL)
     np.testing.assert_allclose(
         received["damped_share"], 1 - rates[1] / rates[0], atol=RTOL
     )
-    undamped = step_metrics(params, grads, updates, damping=0.0, **options)["total"]
+    undamped = see(params, grads, updates, damping=0.0, **options)["total"]
     assert undamped["damped_share"] < RTOL < received["damped_share"]
 
 
@@ -206,12 +220,12 @@ def test_at_b_of_zero_all_numbers_are_finite_and_say_so():
     ((a, b, *rest),) = problem(0)
     layers = [(a, 0 * b, *rest)]
     params, grads, updates, options = trees("flax", layers, [2.0])
-    received = step_metrics(params, grads, updates, **options)["total"]
+    received = see(params, grads, updates, **options)["total"]
     check(received, expected(layers, [2.0]))
     np.testing.assert_allclose(received["update_to_adapter"], 1, rtol=1e-6)
     assert received["balance"] == received["effective_rank"] == 0
     nothing = jax.tree.map(jnp.zeros_like, grads)
-    still = step_metrics(nothing, nothing, nothing, base=nothing, **options)["total"]
+    still = see(nothing, nothing, nothing, base=nothing, **options)["total"]
     assert all(x == 0 for x in still.values())
 
 
@@ -220,7 +234,7 @@ def test_one_factor_that_trains_has_the_step_of_lora_fa():
     params, grads, updates, options = trees("flax", layers, [2.0])
     for tree in (grads, updates):
         del tree["x/lora_a"]  # as where only B is differentiated
-    received = step_metrics(params, grads, updates, wrt="b", **options)["total"]
+    received = see(params, grads, updates, wrt="b", **options)["total"]
     closest = g @ np.linalg.pinv(a) @ a
     plain = 4.0 * g @ a.T @ a
     np.testing.assert_allclose(
@@ -240,9 +254,9 @@ def test_one_factor_that_trains_has_the_step_of_lora_fa():
 def test_squares_of_tiny_and_huge_factors_neither_under_nor_overflow(size):
     """Of W = W0 + s B A in other units: those of B A are squares of the factors'."""
     params, grads, updates, options = trees("flax", problem(0), [2.0])
-    received = step_metrics(params, grads, updates, **options)["total"]
+    received = see(params, grads, updates, **options)["total"]
     scaled = [jax.tree.map(lambda x: size * x, x) for x in (params, grads, updates)]
-    other = step_metrics(*scaled, **options)["total"]
+    other = see(*scaled, **options)["total"]
     for name, x in received.items():
         unit = size**2 if name in ("lora_norm", "update_norm") else 1
         np.testing.assert_allclose(other[name] / unit, x, rtol=RTOL, err_msg=name)
@@ -250,11 +264,11 @@ def test_squares_of_tiny_and_huge_factors_neither_under_nor_overflow(size):
 
 def test_what_is_not_finite_stays_in_its_layer():
     params, grads, updates, options = trees("layers", problem(0, 3), [2.0, 0.5, -1.0])
-    see = jax.jit(lambda grads: step_metrics(
-        params, grads, updates, base=params, by_layer=True, **options
-    ))  # fmt: skip
-    sound = see(grads)
-    broken = see({**grads, "x/lora_a": grads["x/lora_a"].at[1].set(jnp.nan)})
+    of = jax.jit(lambda *trees: step_metrics(*trees, by_layer=True, **options))
+    sound = of(params, grads, updates)
+    broken = of(
+        params, {**grads, "x/lora_a": grads["x/lora_a"].at[1].set(jnp.nan)}, updates
+    )
     for i in (0, 2):
         assert broken[f"x/lora_a[{i}]"] == sound[f"x/lora_a[{i}]"]
     assert jnp.isnan(broken["x/lora_a[1]"]["closest_norm"])
@@ -279,10 +293,10 @@ def test_an_update_that_bfloat16_rounds_away_counts_as_none():
     params, grads, updates, options = trees("flax", problem(0), [2.0])
     narrow = {k: x.astype(jnp.bfloat16) for k, x in params.items()}
     small = {k: 1e-3 * narrow[k] for k in updates}  # less than half of 2⁻⁸
-    received = step_metrics(narrow, grads, small, **options)["total"]
+    received = see(narrow, grads, small, **options)["total"]
     assert received["update_norm"] == 0
     wide = {k: x.astype(jnp.float32) for k, x in narrow.items()}
-    assert step_metrics(wide, grads, small, **options)["total"]["update_norm"] > 0
+    assert see(wide, grads, small, **options)["total"]["update_norm"] > 0
 
 
 def test_base_may_be_a_model_beside_its_factors_or_an_explicit_path():
@@ -292,7 +306,7 @@ def test_base_may_be_a_model_beside_its_factors_or_an_explicit_path():
     norm = float(jnp.linalg.norm(model.kernel[...]))
     ones = jax.tree.map(jnp.ones_like, factors)
     for base in (nnx.state(model), rest):
-        received = step_metrics(factors, ones, ones, base=base)["total"]
+        received = see(factors, ones, ones, base=base)["total"]
         want = received["update_norm"] / norm
         np.testing.assert_allclose(received["update_to_base"], want, rtol=1e-6)
     elsewhere = {"weights": model.kernel[...].astype(jnp.bfloat16)}
@@ -302,8 +316,9 @@ def test_base_may_be_a_model_beside_its_factors_or_an_explicit_path():
     np.testing.assert_allclose(received["update_to_base"], want, rtol=2**-8)
 
 
-@pytest.mark.parametrize("layout", ["features", "layers"])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("layout", "kind"), [("features", AxisType.Auto), ("layers", AxisType.Explicit)]
+)
 def test_sharded_trees_have_the_numbers_of_one_device(layout, kind):
     trees = [meshes.random_tree(seed) for seed in range(3)]
     shapes = {"kernel": (16, 24), "layers/kernel": (6, 64, 24), "heads/w": (8, 16, 32)}
@@ -311,13 +326,13 @@ def test_sharded_trees_have_the_numbers_of_one_device(layout, kind):
         k: jnp.arange(math.prod(x), dtype=float).reshape(x) for k, x in shapes.items()
     }
     specs = P("x", "y"), P(None, "x", "y"), P("y", "x")
-    see = jax.jit(lambda base, *trees: step_metrics(*trees, base=base))
-    wanted = see(base, *trees)
+    of = jax.jit(lambda base, *trees: step_metrics(*trees, base=base))
+    wanted = of(base, *trees)
     mesh = jax.make_mesh((2, 2), ("x", "y"), (kind, kind))
     base = meshes.put(base, mesh, dict(zip(base, specs, strict=True)))
     on_mesh = [meshes.put(x, mesh, meshes.LAYOUTS[layout]) for x in trees]
     with jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
-        received = see(base, *on_mesh)
+        received = of(base, *on_mesh)
     chex.assert_trees_all_close(received, wanted, rtol=RTOL, atol=RTOL)
 
 
@@ -353,11 +368,12 @@ def test_it_follows_a_run_of_lorapro_adamw():
     params, grads, _, options = trees("flax", problem(0), [2.0])
     tx = lorapro_adamw(1e-2, **options)
     state, old = tx.init(params), params
+    update = jax.jit(tx.update)
     for _ in range(2):
-        updates, state = tx.update(grads, state, params)
+        updates, state = update(grads, state, params)
         before, old, params = old, params, optax.apply_updates(params, updates)
-    see = lambda updates: step_metrics(old, grads, updates, before=before, **options)
     differences = jax.tree.map(jnp.subtract, params, old)
-    received, same = see(updates)["total"], see(differences)["total"]
+    of = lambda step: see(old, grads, step, before=before, **options)["total"]
+    received, same = of(updates), of(differences)
     np.testing.assert_allclose(received["update_norm"], same["update_norm"], rtol=1e-4)
     assert 0 < received["damped_share"] < 1
