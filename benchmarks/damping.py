@@ -7,7 +7,8 @@
 For each optimizer behind `lorapro()` (AdamW, and SGD with momentum 0.9) and each
 damping: the validation loss and accuracy at the best learning rate of a grid, and at
 a tenth of that rate, where a first step that is too long would show. Plain LoRA
-stands beside it; ± is the standard error of a mean over seeds. Results go to `benchmarks/results/damping.json`.
+stands beside it; ± is the standard error of a mean over seeds. Results go to
+`benchmarks/results/damping.json`.
 """
 
 import argparse

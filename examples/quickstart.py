@@ -51,6 +51,7 @@ from examples.vit_digits import load_tasks
 from lorapro_jax import describe_pairs, lorapro, lorapro_adamw
 
 BATCH, PRETRAINING = 32, 500
+LOOK = 2  # chunks from one look at the test loss and at the gradients to the next
 RATES = 3e-3, 1e-2, 3e-2
 METHODS = (
     Method("full fine-tuning", optax.adamw, RATES, rank=None),
@@ -111,6 +112,7 @@ def run_method(task, method, base, steps, seeds):
         steps,
         progress=progress(method.name),
         watch=watcher(task, method),
+        watch_every=LOOK,
     )
     validation, _ = evaluate(task, method, trained.runs, task.validation)
     best = int(jnp.nanargmin(validation.mean(1)))
@@ -176,8 +178,8 @@ def save_picture(results, path):
     for color, row in zip(COLORS, results, strict=True):
         label = f"{row['method']}, rate {row['rate']:g}"
         smooth = np.mean(np.reshape(row["curve"], (-1, CHUNK)), axis=1)
-        at = CHUNK * np.arange(len(smooth) + 1)
-        training.plot(at[1:] - CHUNK / 2, smooth, c=color, label=label)
+        training.plot(CHUNK * (np.arange(len(smooth)) + 0.5), smooth, c=color)
+        at = LOOK * CHUNK * np.arange(len(row["test_curve"]))
         test.plot(at, row["test_curve"], c=color, label=label)
         rates, losses = row["sweep"]["rates"], np.array(row["sweep"]["test_loss"])
         error = losses.std(1) / np.sqrt(max(1, losses.shape[1] - 1))
