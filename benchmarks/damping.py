@@ -7,7 +7,8 @@
 For each optimizer behind `lorapro()` (AdamW, and SGD with momentum 0.9) and each
 damping: the validation loss and accuracy at the best learning rate of a grid, and at
 a tenth of that rate, where a first step that is too long would show. Plain LoRA
-stands beside it. Results go to `benchmarks/results/damping.json`.
+stands beside it; ± is the standard error of a mean over seeds. Results go to
+`benchmarks/results/damping.json`.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.measure import machine
-from examples.training import Method, evaluate, pretrain, train
+from examples.training import Method, evaluate, pretrain, spread, train
 from examples.vit_digits import load_tasks
 from lorapro_jax import lorapro
 
@@ -78,14 +79,15 @@ def show(rows, console):
         best = int(np.argmin(row["loss"]))
         tenth = best - 2  # the grids have two points a decade
         damping = "LoRA" if row["damping"] is None else f"{row['damping']:g}"
+        tests = row["test_accuracy"][best]
+        freedom = math.sqrt(max(len(tests) - 1, 1))
         table.add_row(
             row["optimizer"],
             damping,
             f"{row['rates'][best]:g}",
-            f"{row['loss'][best]:.3f} ± {row['loss_std'][best]:.3f}",
-            f"{row['accuracy'][best]:.3f} ± {row['accuracy_std'][best]:.3f}",
-            f"{np.mean(row['test_accuracy'][best]):.3f}"
-            f" ± {np.std(row['test_accuracy'][best]):.3f}",
+            f"{row['loss'][best]:.3f} ± {row['loss_std'][best] / freedom:.3f}",
+            f"{row['accuracy'][best]:.3f} ± {row['accuracy_std'][best] / freedom:.3f}",
+            spread(tests),
             f"{row['loss'][tenth]:.3f}" if tenth >= 0 else "-",
         )
     console.print(table)

@@ -98,7 +98,7 @@ class Trained(NamedTuple):
     Attributes:
       runs: The final runs, with leading axes `(R, S)`.
       losses: Of the batches, `(R, S, steps)`.
-      watched: What `watch` returned before each chunk, `(R, S, steps / CHUNK)` each.
+      watched: What `watch` returned, `(R, S, times)` each.
       seconds: For one run, without compilation.
     """
 
@@ -131,9 +131,11 @@ def start(
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds, for a table; one value alone."""
-    mean = f"{np.mean(values):.3f}"
-    return mean + (f" ± {np.std(values):.3f}" if len(values) > 1 else "")
+    """Mean ± its standard error over seeds, for a table; one value alone."""
+    mean, count = f"{np.mean(values):.3f}", len(values)
+    if count < 2:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1) / np.sqrt(count):.3f}"
 
 
 def loss_and_accuracy(model: Any, data: Data) -> tuple[jax.Array, jax.Array]:
@@ -185,6 +187,7 @@ def train(
     *,
     progress: Callable[[list[int]], Iterable[int]] = lambda chunks: chunks,
     watch: Callable[[Run], Any] | None = None,
+    watch_every: int = 1,
 ) -> Trained:
     """Trains every rate of a method with every seed, side by side.
 
@@ -195,7 +198,8 @@ def train(
       seeds: Of the adapters and of the batches, `(S,)`.
       steps: Optimizer steps, a multiple of `CHUNK`.
       progress: Wraps the loop over chunks, to show a bar.
-      watch: Called on each run before each chunk, under `vmap` and `jit`.
+      watch: Called on each run before chunks, under `vmap` and `jit`.
+      watch_every: How many chunks lie between two such calls, the first included.
     """
     every = lambda fn: jax.jit(jax.vmap(jax.vmap(fn)))
     rates, seeds = jnp.meshgrid(jnp.array(method.rates), seeds, indexing="ij")
@@ -203,8 +207,8 @@ def train(
     chunk = every(make_chunk(task, method, steps)).lower(runs).compile()
     look = every(watch) if watch else None
     losses, seen, seconds = [], [], 0.0
-    for _ in progress(list(range(steps // CHUNK))):
-        if look:
+    for i in progress(list(range(steps // CHUNK))):
+        if look and i % watch_every == 0:
             seen.append(look(runs))
         begun = time.perf_counter()
         runs, loss = jax.block_until_ready(chunk(runs))

@@ -20,7 +20,7 @@ TOP = ["diagnostics", "keras"]
 MAY_IMPORT = {
     **{name: set() for name in GROUND},
     **{room: {room, *GROUND, *ROOMS[:i]} for i, room in enumerate(ROOMS)},
-    **{name: {*GROUND, *ROOMS} for name in TOP},
+    **{name: {name, *GROUND, *ROOMS} for name in TOP},
 }
 LINES, FUNCTION_LINES = 250, 60
 

@@ -136,6 +136,25 @@ def test_version_is_that_of_the_metadata_and_of_the_changelog():
     assert lorapro_jax.__version__ == importlib.metadata.version("lorapro_jax")
     assert lorapro_jax.__version__ == version
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def missing_in_sdist(included):
+    """The files that README leads to or tests read, and that no sdist would have."""
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text())
+    assert len(links) > 10
+    names = [".ci/run", ".ci/oldest.txt", "CITATION.cff", "CHANGELOG.md", "mkdocs.yml"]
+    has = lambda path: any(f"/{path}/".startswith(f"{x}/") for x in included)
+    return [path for path in [*links, *names] if not has(path)]
+
+
+def test_the_sdist_has_what_the_readme_links_to():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = pyproject["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert missing_in_sdist(included) == []
+    assert all((ROOT / path[1:]).exists() for path in included)
+    # Negative control: a folder that is left out is missed.
+    assert missing_in_sdist(set(included) - {"/.ci"})
 
 
 def test_oldest_versions_tested_are_those_declared():

@@ -154,6 +154,23 @@ class Norm(NamedTuple):
         largest = 1 / jnp.finfo(self.unit.dtype).tiny
         return Norm(jnp.minimum(number * self.unit, largest), self.value)
 
+    @property
+    def number(self) -> jax.Array:
+        """The norm itself, which may overflow."""
+        return self.unit * self.value
+
+    def over(self, other: "Norm") -> jax.Array:
+        """The ratio to another norm; 0 where that is 0."""
+        return self.unit / other.unit * (self.value * reciprocal(other.value))
+
+    def together(self, owners: np.ndarray) -> "Norm":
+        """Those of all arrays of one owner, an integer from 0: `(owners,)`."""
+        count = int(owners.max()) + 1
+        unit = jax.ops.segment_max(self.unit, owners, count)
+        unit = jnp.where(unit > 0, unit, 1)
+        squares = (self.unit / unit[owners] * self.value) ** 2
+        return Norm(unit, root(jax.ops.segment_sum(squares, owners, count)))
+
     @classmethod
     def of(cls, x: jax.Array, over: tuple[int, ...] | None = None) -> "Norm":
         """√Σ|x|² of a real or complex array, over some axes or over all."""

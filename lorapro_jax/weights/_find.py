@@ -88,6 +88,26 @@ def find_kernel_paths(
     return [x.path for x in _locate_all(_shapes(params), pairs, kernels)]
 
 
+def find_kernel_stacks(
+    params: Any, pairs: Sequence[LoRAPair], kernels: KernelsSpec | None = None
+) -> list[tuple[str, Shape]]:
+    """The path and the stacked axes of each pair's base kernel.
+
+    Args:
+      params: See `find_kernels`.
+      pairs: See `find_kernels`.
+      kernels: See `find_kernels`.
+
+    Raises:
+      ValueError: As `find_kernels`, except for other axes that are not clear.
+    """
+    located = _locate_all(_shapes(params), pairs, kernels)
+    stacks = [{axes.batch for axes in kernel.readings} for kernel in located]
+    if any(len(stack) > 1 for stack in stacks):
+        return [(x.path, x.batch) for x in find_kernels(params, pairs, kernels)]
+    return [(x.path, stack.pop()) for x, stack in zip(located, stacks, strict=True)]
+
+
 def _locate_all(
     shapes: Mapping[str, Shape], pairs: Sequence[LoRAPair], kernels: KernelsSpec | None
 ) -> list[Located]:

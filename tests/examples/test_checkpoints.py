@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -276,46 +277,67 @@ def test_moments_of_adamw_are_no_moments_of_lorapro_adamw(name, tmp_path):
         checkpointer.restore(tmp_path / "state", template)
 
 
-# Kills itself when it comes to the given step, or to the given renaming of a file by
-# which Orbax completes a checkpoint, in whichever thread that is.
+# One process that has imported all of it forks one for each run, as long as it has no
+# threads. That kills itself when it comes to the given step, or to the given renaming
+# of a file by which Orbax completes a checkpoint, in whichever thread that is.
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
+from pathlib import Path
 from examples import train_sharded
 
-event, left = sys.argv[1], int(sys.argv[2])
-del sys.argv[1:3]
+FLAGS = "--optimizer lorapro --steps 6 --depth 1 --save-every 2 --output"
 load_batch = train_sharded.load_batch
 
-def count(seen):
-    global left
-    left -= seen == event
-    if seen == event and not left:
-        os.kill(os.getpid(), signal.SIGKILL)
+def train_until(event, left, folder):
+    def count(seen):
+        nonlocal left
+        left -= seen == event
+        if seen == event and not left:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def counted(*args):
-    count("step")
-    return load_batch(*args)
+    def counted(*args):
+        count("step")
+        return load_batch(*args)
 
-def audit(name, args):
-    if name == "os.rename" and "orbax-checkpoint-tmp" in str(args[0]):
-        count("rename")
+    def audit(name, args):
+        if name == "os.rename" and "orbax-checkpoint-tmp" in str(args[0]):
+            count("rename")
 
-train_sharded.load_batch = counted
-sys.addaudithook(audit)
-train_sharded.main()
+    train_sharded.load_batch = counted
+    sys.addaudithook(audit)
+    sys.argv[1:] = [*FLAGS.split(), folder]
+    train_sharded.main()
+
+for event, left, folder in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            train_until(event, left, folder)
+            code = 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("run", code, len(list(Path(folder).glob("*/*tmp*"))), flush=True)
 """
 
 
-def train_until(folder, event, number):
-    """The exit code of the example, killed at an event; 0 events: never."""
-    flags = "--optimizer lorapro --steps 6 --depth 1 --save-every 2 --output"
-    command = [sys.executable, "-c", KILLED, event, str(number), *flags.split()]
+def train_until(*runs):
+    """Runs of the example, each killed at the n-th of an event; the 0th is never.
+
+    Returns the exit code of each, and how many files it left unfinished.
+    """
     done = subprocess.run(
-        [*command, str(folder)],
-        cwd=ROOT, env=environment(), timeout=120, capture_output=True, text=True,
+        [sys.executable, "-c", KILLED, json.dumps(runs)],
+        cwd=ROOT, env=environment(), timeout=360, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-8000:]
-    return done.returncode
+    found = re.findall(r"^run (-?\d+) (\d+)$", done.stdout, re.M)
+    assert len(found) == len(runs), done.stderr[-8000:]
+    codes, unfinished = zip(*(map(int, x) for x in found), strict=True)
+    assert set(codes) <= {0, -signal.SIGKILL}, done.stderr[-8000:]
+    return codes, unfinished
 
 
 def final(folder):
@@ -333,14 +355,12 @@ def test_killed_training_ends_with_the_bits_of_one_never_killed(tmp_path):
     # A save renames three times, and the first process makes one at least.
     kills = [("rename", rng.integers(4, 7)), ("step", rng.integers(5, 9))]
     kills += [("rename", rng.integers(1, 4))]
-    assert train_until(whole, "step", 0) == 0
+    stops = [(event, int(number), str(killed)) for event, number in kills]
+    never = "step", 0
 
-    unfinished = 0
-    for event, number in kills:
-        assert train_until(killed, event, number) == -signal.SIGKILL
-        unfinished += len(list(killed.glob("*/*tmp*")))
-    assert train_until(killed, "step", 0) == 0
+    codes, unfinished = train_until((*never, str(whole)), *stops, (*never, str(killed)))
 
-    assert unfinished >= 2  # both were hit in a save
-    assert not list(killed.glob("*/*tmp*"))
+    assert codes == (0, *[-signal.SIGKILL] * 3, 0)
+    assert sum(unfinished[1:4]) >= 2  # both were hit in a save
+    assert unfinished[0] == unfinished[4] == 0
     chex.assert_trees_all_equal(final(killed), final(whole))

@@ -20,6 +20,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 DOCS, PACKAGE = ROOT / "docs", ROOT / "lorapro_jax"
+RECIPES = ROOT / "examples" / "recipes"
 PAGES = {
     path.relative_to(DOCS).as_posix(): path.read_text() for path in DOCS.rglob("*.md")
 }
@@ -67,6 +68,23 @@ def test_code_that_needs_more_runs_where_there_is_more(
 def test_no_block_needs_what_nothing_runs():
     needs = {(x, page) for page in PAGES for x, _ in code_of(page) if x}
     assert needs == {("peft", "adapters.md")}
+
+
+def included(pages):
+    """The files that pages show, by what says so to MkDocs."""
+    text = "\n".join(pages.values())
+    return set(re.findall(r'^ *--8<-- "(.+)"$', text, re.M))
+
+
+def test_pages_show_every_recipe_and_files_that_exist():
+    """Ruff formats what is fenced as `python`, and takes `--8<--` for arithmetic."""
+    recipes = {f"examples/recipes/{x.name}" for x in RECIPES.glob("[!_]*.py")}
+    assert recipes - included(PAGES) == {"examples/recipes/digits.py"}
+    assert all((ROOT / path).is_file() for path in included(PAGES))
+    assert not any("8 <" in page for page in PAGES.values())
+    # Negative control: as Ruff would have it.
+    spoilt = {"x.md": '    --8 < --"examples/recipes/merge.py"'}
+    assert included(spoilt) == set()
 
 
 def documented(pages):

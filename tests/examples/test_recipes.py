@@ -58,8 +58,10 @@ class Run(NamedTuple):
 
 
 def load_recipe(name):
-    if "import qwix" in (FOLDER / f"{name}.py").read_text():
-        pytest.importorskip("qwix")
+    text = (FOLDER / f"{name}.py").read_text()
+    for package in ("qwix", "tensorboardX"):
+        if f"import {package}" in text or f"from {package} import" in text:
+            pytest.importorskip(package)
     return importlib.import_module(f"examples.recipes.{name}")
 
 

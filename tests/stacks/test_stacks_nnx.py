@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lorapro_jax import find_pairs, lorapro
+from lorapro_jax import find_pairs, lorapro, lorapro_adamw
 from tests.support.layouts import (
     DAMPING,
     assert_adjusted,
@@ -157,3 +157,30 @@ def test_training_from_b_zero_lowers_the_loss(model, data, wrt):
 def _gradients(model, data, wrt):
     grad = nnx.grad(loss_of, argnums=nnx.DiffState(0, wrt))
     return grad(model, data)
+
+
+def test_lorapro_adamw_trains_with_its_state_beside_the_model():
+    """The way with Flax before 0.12, whose `nnx.Optimizer` cannot hold the state."""
+    model, tx = (
+        nnx.LoRALinear(6, 5, lora_rank=RANK, rngs=nnx.Rngs(0)),
+        lorapro_adamw(0.1),
+    )
+    factors = lambda model: nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((16, 6)), jnp.float32)
+
+    @nnx.jit
+    def train_step(model, state):
+        loss_fn = lambda model: jnp.mean((model(x) - 1) ** 2)
+        on_factors = nnx.DiffState(0, nnx.LoRAParam)
+        loss, grads = nnx.value_and_grad(loss_fn, argnums=on_factors)(model)
+        params = factors(model)
+        updates, state = tx.update(nnx.to_pure_dict(grads), state, params)
+        nnx.update(model, optax.apply_updates(params, updates))
+        return loss, state
+
+    kernel, state, losses = model.kernel[...], tx.init(factors(model)), []
+    for _ in range(10):
+        loss, state = train_step(model, state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+    assert (model.kernel[...] == kernel).all()
