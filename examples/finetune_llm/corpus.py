@@ -24,9 +24,9 @@ TEMPLATE = (
 PARAGRAPH = 40, 360  # characters, at least and at most
 
 
-def sources() -> list[str]:
+def sources(at_most: int | None = None) -> list[str]:
     """The modules of the standard library that are one file each, by name."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:at_most]
     return [file.read_text("utf-8", "replace") for file in files]
 
 
@@ -57,8 +57,8 @@ def write_tokenizer(folder: Path, texts: Iterable[str], vocabulary: int) -> None
 def windows(folder: Path, texts: Iterable[str], length: int) -> np.ndarray:
     """Tokens of all texts, each with its begin and end, in rows of `length`."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    rows = [x.ids for x in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-    flat = [token for row in rows for token in (BEGIN, *row, END)]
+    found = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    flat = [token for row in found for token in (BEGIN, *row.ids, END)]
     return np.array(flat[: len(flat) // length * length], np.int32).reshape(-1, length)
 
 

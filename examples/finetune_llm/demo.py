@@ -6,7 +6,6 @@ It takes the place of a pretrained model, in a folder as Hugging Face lays it ou
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from rich.progress import track
+from jax.sharding import Mesh
+from rich.progress import Progress
 
-from examples.finetune_llm import corpus, models
+from examples.finetune_llm import corpus, export, models
+from examples.finetune_llm.chat import Example
+from examples.finetune_llm.optimizers import schedule
 from examples.finetune_llm.options import Options
+from examples.finetune_llm.training import fit
 
 
 class Size(NamedTuple):
@@ -31,11 +34,12 @@ class Size(NamedTuple):
     steps: int
     batch: int
     length: int
+    modules: int | None = None  # of the standard library; None for all
     rate: float = 3e-3
 
 
 FULL = Size(2048, 128, 4, 400, 16, 128)
-QUICK = Size(512, 64, 2, 60, 8, 64)
+QUICK = Size(512, 64, 2, 60, 8, 64, modules=40)
 
 
 def config(size: Size) -> dict[str, Any]:
@@ -98,54 +102,40 @@ def with_files(options: Options) -> Options:
 
 def new_base(folder: Path, size: Size, seed: int) -> None:
     """Pretrains and saves everything that belongs to a Hugging Face folder."""
-    texts = corpus.sources()
+    texts = corpus.sources(size.modules)
     corpus.write_tokenizer(folder, texts, size.vocabulary)
     (folder / "config.json").write_text(json.dumps(config(size), indent=2) + "\n")
     spec = models.read_spec(folder)
-    model = models.random(spec, seed, jnp.float32)
     rows = corpus.windows(folder, texts, size.length)
-    loss = pretrain(spec, model, rows, size, seed)
-    models.save_base(spec, model, folder)
-    print(f"base: {size.steps} steps on {rows.size:,} tokens, loss {loss:.2f} nats")
-
-
-def _batches(rows: np.ndarray, size: Size, seed: int) -> Iterator[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    for _ in range(size.steps):
-        yield rows[rng.integers(len(rows), size=size.batch)]
+    model, loss = pretrain(spec, rows, size, seed)
+    export.save_base(spec, model, folder)
+    print(
+        f"base: {size.steps} steps of {size.batch * size.length} tokens of the "
+        f"standard library, loss {loss:.2f} nats"
+    )
 
 
 def pretrain(
-    spec: models.Spec, model: nnx.Module, rows: np.ndarray, size: Size, seed: int
-) -> float:
-    """Trains all weights in place; returns the mean loss of the last tenth."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, size.rate, size.steps // 10, size.steps
-    )
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-    graph, weights = nnx.split(model)
-    length = rows.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(length), (size.batch, length))
-    mask = jnp.broadcast_to(
-        jnp.tril(jnp.ones((length, length), bool)), (size.batch, length, length)
-    )
+    spec: models.Spec, rows: np.ndarray, size: Size, seed: int
+) -> tuple[nnx.Module, float]:
+    """A model of which all weights are trained, and its mean loss at the end."""
+    # Of one device, so that a base is the same wherever it is made.
+    mesh = Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+    model = models.random(spec, seed, jnp.float32, mesh)
+    learnt = np.arange(size.length) > 0
+    examples = [Example(row, learnt) for row in rows]
+    rate = schedule(size.rate, size.steps, 0.1)
+    losses: list[float] = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("pretraining", total=size.steps)
 
-    def loss_fn(weights, tokens):
-        logits = models.apply(spec, nnx.merge(graph, weights), tokens, positions, mask)
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits[:, :-1].astype(jnp.float32), tokens[:, 1:]
-        )
-        return losses.mean()
+        def report(step: int, metrics: dict[str, float]) -> None:
+            progress.update(task, completed=step)
+            losses.append(metrics["loss"])
 
-    def step(weights, state, tokens):
-        loss, grads = jax.value_and_grad(loss_fn)(weights, tokens)
-        updates, state = tx.update(grads, state, weights)
-        return optax.apply_updates(weights, updates), state, loss
-
-    compiled = jax.jit(step, donate_argnums=(0, 1))
-    state, losses = tx.init(weights), []
-    for tokens in track(_batches(rows, size, seed), "pretraining", total=size.steps):
-        weights, state, loss = compiled(weights, state, tokens)
-        losses.append(loss)
-    nnx.update(model, weights)
-    return float(np.mean(jax.device_get(losses[-max(1, size.steps // 10) :])))
+        fit(
+            spec, model, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate)),
+            examples, mesh=mesh, steps=size.steps, batch=size.batch,
+            length=size.length, seed=seed, trains=nnx.Param, report=report,
+        )  # fmt: skip
+    return model, float(np.mean(losses[-max(1, size.steps // 10) :]))

@@ -1,9 +1,8 @@
 """The output folder: it belongs to one run, which may go on in it."""
 
+import json
 from pathlib import Path
 from typing import Any
-
-import json
 
 from examples.finetune_llm.errors import Refused
 from examples.finetune_llm.options import Options

@@ -69,7 +69,9 @@ def compile_step(step: Any, *args: Any) -> Any:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         lines = [x.strip() for x in str(error).splitlines() if x.strip()]
-        raise Refused(f"too little memory per device: {' '.join(lines[:2])} {REMEDY}")
+        raise Refused(
+            f"too little memory per device: {' '.join(lines[:2])} {REMEDY}"
+        ) from None
 
 
 def kept_for_backward(loss_fn: Callable[..., Any], *args: Any) -> int:
