@@ -1,6 +1,7 @@
 """The command line: every option once, with its default, its group and its help."""
 
 import dataclasses
+import math
 from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,10 @@ OPTIMIZERS = (
 STARTS = ("lora", "lora_ga", "gora", "lora_one", "pissa", "olora")
 ELSEWHERE = ("output", "plan", "topology", "memory", "cpu_devices", "coordinator")
 ELSEWHERE += ("processes", "process", "cluster", "preset", "quick", "mesh")
+
+POSITIVE = ("rank", "alpha", "rank_budget", "start_batches", "rate", "rates", "epochs")
+POSITIVE += ("steps", "batch", "accumulate", "length", "evaluate_every", "save_every")
+POSITIVE += ("memory", "cpu_devices", "answer_tokens")
 
 
 def option(group: str, default: Any, text: str, **more: Any) -> Any:
@@ -189,9 +194,7 @@ def _check(options: Options) -> None:
         if missing:
             names = " and ".join("--" + x for x in missing)
             raise Refused(f"give {names}, or --demo to try it without any.")
-    for name in ("rank", "batch", "accumulate", "length", "start_batches"):
-        _positive(options, name)
-    for name in ("steps", "rank_budget", "epochs", "alpha", "rate", "memory"):
+    for name in POSITIVE:
         if getattr(options, name) is not None:
             _positive(options, name)
     if options.batch % options.accumulate:
@@ -207,10 +210,13 @@ def _check(options: Options) -> None:
         raise Refused("--topology is for --plan: nothing can run on it here.")
     if options.quick and not options.demo:
         raise Refused("--quick is for --demo; --steps shortens other runs.")
+    if options.demo and options.plan:
+        raise Refused("--plan is for --model; the demo fits on any device.")
 
 
 def _positive(options: Options, name: str) -> None:
     value = getattr(options, name)
-    if not value > 0:
-        shown = "--" + name.replace("_", "-")
-        raise Refused(f"{shown} {value:g} is not positive.")
+    for number in value if isinstance(value, tuple) else (value,):
+        if not 0 < number < math.inf:
+            shown = "--" + name.replace("_", "-")
+            raise Refused(f"{shown} {number:g} is not positive.")
