@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 with warnings.catch_warnings():  # Qwen imports what is deprecated in JAX
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -155,19 +154,19 @@ def random(spec: Spec, seed: int, dtype: Any, mesh: Mesh | None = None) -> nnx.M
     Kernels and embeddings are normal with the `initializer_range` of config.json, as
     in transformers; tunix leaves those of the MLPs 0, where nothing can be learnt.
     """
-    model = abstract(spec, mesh, dtype)
-    flat, size = nnx.state(model), spec.config.get("initializer_range", 0.02)
-    leaves, treedef = jax.tree.flatten(flat)
-    plain = CLASSES[spec.family](_with_dtype(spec, dtype), rngs=nnx.Rngs(0))
-    kept = jax.tree.leaves(nnx.state(plain))
+    model, size = abstract(spec, mesh, dtype), spec.config.get("initializer_range", 0.02)
+    leaves, treedef = jax.tree.flatten(nnx.state(model))
 
-    def draw(i: int, x: jax.ShapeDtypeStruct) -> jax.Array:
-        if x.ndim < 2:
-            return jnp.asarray(kept[i], x.dtype)
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        return (size * jax.random.normal(key, x.shape)).astype(x.dtype)
+    def draw() -> list[jax.Array]:
+        plain = CLASSES[spec.family](_with_dtype(spec, dtype), rngs=nnx.Rngs(0))
+        values = jax.tree.leaves(nnx.state(plain))
+        for i, x in enumerate(leaves):
+            if x.ndim > 1:
+                key = jax.random.fold_in(jax.random.key(seed), i)
+                values[i] = size * jax.random.normal(key, x.shape)
+        return [x.astype(dtype) for x in values]
 
-    new = [draw(i, x) for i, x in enumerate(leaves)]
+    new = jax.jit(draw, out_shardings=[x.sharding for x in leaves])()
     nnx.update(model, jax.tree.unflatten(treedef, new))
     return model
 
@@ -184,12 +183,9 @@ def apply(
       positions: int32 `(b, t)`, from 0 in each document.
       mask: bool `(b, t, t)`: which tokens (last axis) each token sees. Where Gemma's
         layers see only near ones, they take more away.
+
+    Within `with mesh:`, tunix says on GPUs and TPUs how activations are divided.
     """
     del spec  # every family of tunix takes the same four
     logits, _ = model(tokens, positions, None, mask)
     return logits.astype(jnp.float32)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Where small things are: on every device of a mesh."""
-    return NamedSharding(mesh, P())
