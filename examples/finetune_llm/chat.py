@@ -31,6 +31,13 @@ class Piece(NamedTuple):
     answer: bool
 
 
+class Question(NamedTuple):
+    """Something to answer: the tokens up to the answer, and the right one."""
+
+    prompt: list[int]
+    answer: str
+
+
 class BadLine(Exception):
     """Why a line is no example."""
 
@@ -63,6 +70,44 @@ def encode(record: Any, tokenizer: Any) -> Example:
     raise BadLine(f"has {found}, not the form {FORMS}")
 
 
+def question(record: Any, tokenizer: Any) -> Question:
+    """A line of a file of questions.
+
+    Args:
+      record: What it says in JSON: `question` and `answer`, which the tokenizer's chat
+        template puts into form if there is one; `prompt` and `completion`, as it is; or
+        `messages`, of which the last one is the assistant's.
+      tokenizer: From `load_tokenizer`.
+
+    Raises:
+      BadLine: The record has none of these forms.
+    """
+    prompt, answer = _question(record, tokenizer)
+    if not prompt:
+        raise BadLine("the question is empty")
+    return Question(prompt, answer)
+
+
+def _question(record: Any, tokenizer: Any) -> tuple[list[int], str]:
+    if not isinstance(record, dict):
+        raise BadLine("not an object")
+    if "messages" in record:
+        _check(record["messages"])
+        *before, last = record["messages"]
+        if last["role"] != "assistant":
+            raise BadLine("the last message is not the assistant's")
+        return chat_prompt(before, tokenizer), last["content"]
+    if "prompt" in record and "completion" in record:
+        prompt = encode_prompt(_text(record, "prompt"), tokenizer)
+        return prompt, _text(record, "completion")
+    if "question" in record and "answer" in record:
+        text, answer = _text(record, "question"), _text(record, "answer")
+        if not tokenizer.chat_template:
+            return encode_prompt(text, tokenizer), answer
+        return chat_prompt([{"role": "user", "content": text}], tokenizer), answer
+    raise BadLine("lacks question and answer, prompt and completion, or messages")
+
+
 def encode_prompt(text: str, tokenizer: Any) -> list[int]:
     """The tokens of a text's beginning, with what the tokenizer puts before it."""
     tokens = list(tokenizer(text)["input_ids"])
@@ -74,6 +119,8 @@ def encode_prompt(text: str, tokenizer: Any) -> list[int]:
 
 def chat_prompt(messages: list[dict], tokenizer: Any) -> list[int]:
     """The tokens of a conversation up to where the assistant's answer begins."""
+    if not tokenizer.chat_template:
+        raise BadLine("has messages, but the tokenizer has no chat template")
     return _plain(_render(messages, tokenizer, answer=True), tokenizer)
 
 
