@@ -6,6 +6,7 @@ mesh as tunix's annotations say, on the axes "fsdp" and "tp".
 
 import contextlib
 import dataclasses
+import functools
 import json
 import warnings
 from pathlib import Path
@@ -119,6 +120,7 @@ def abstract(spec: Spec, mesh: Mesh | None, dtype: Any) -> nnx.Module:
     Raises:
       Refused: The mesh does not divide a weight.
     """
+    dtype = jnp.dtype(dtype)
     scope = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     with scope:
         new = lambda: CLASSES[spec.family](_with_dtype(spec, dtype), rngs=nnx.Rngs(0))
@@ -154,21 +156,29 @@ def random(spec: Spec, seed: int, dtype: Any, mesh: Mesh | None = None) -> nnx.M
     Kernels and embeddings are normal with the `initializer_range` of config.json, as
     in transformers; tunix leaves those of the MLPs 0, where nothing can be learnt.
     """
-    model, size = abstract(spec, mesh, dtype), spec.config.get("initializer_range", 0.02)
-    leaves, treedef = jax.tree.flatten(nnx.state(model))
-
-    def draw() -> list[jax.Array]:
-        plain = CLASSES[spec.family](_with_dtype(spec, dtype), rngs=nnx.Rngs(0))
-        values = jax.tree.leaves(nnx.state(plain))
-        for i, x in enumerate(leaves):
-            if x.ndim > 1:
-                key = jax.random.fold_in(jax.random.key(seed), i)
-                values[i] = size * jax.random.normal(key, x.shape)
-        return [x.astype(dtype) for x in values]
-
-    new = jax.jit(draw, out_shardings=[x.sharding for x in leaves])()
-    nnx.update(model, jax.tree.unflatten(treedef, new))
+    model, size = (
+        abstract(spec, mesh, dtype),
+        spec.config.get("initializer_range", 0.02),
+    )
+    flat = []
+    for i, (path, x) in enumerate(nnx.to_flat_state(nnx.state(model))):
+        key, one = jax.random.fold_in(jax.random.key(seed), i), path[-1] == "w"
+        x = x.get_value()
+        if x.ndim > 1:
+            new = _normal(key, size, x.shape, x.dtype, x.sharding)
+        else:  # norms, of which Gemma's add 1, and biases
+            new = jnp.full(x.shape, float(one), x.dtype, device=x.sharding)
+        flat.append((path, new))
+    nnx.update(model, nnx.from_flat_state(flat))
     return model
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _normal(key: Any, size: float, shape: Any, dtype: Any, sharding: Any) -> jax.Array:
+    drawn = (size * jax.random.normal(key, shape)).astype(dtype)
+    if sharding is None:
+        return drawn
+    return jax.lax.with_sharding_constraint(drawn, sharding)
 
 
 def apply(
