@@ -89,13 +89,13 @@ def prepare(options: Options) -> Options:
 
 def with_files(options: Options) -> Options:
     """The options with the demo's files, where none were given."""
-    data = options.output / "data"
+    data, alone = options.output / "data", jax.process_count() == 1
     return replace(
         options,
         model=options.model or options.output / "base",
         data=options.data or data / "train.jsonl",
         validation=options.validation or data / "validation.jsonl",
-        evaluate=options.evaluate or "exact",
+        evaluate=options.evaluate or ("exact" if alone else None),
         questions=options.questions or data / "questions.jsonl",
     )
 

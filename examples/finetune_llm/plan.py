@@ -147,24 +147,31 @@ def device_memory(device: jax.Device, gib: float | None) -> int | None:
     return (stats or {}).get("bytes_limit")
 
 
+def shown(size: float) -> str:
+    """A number of bytes for people."""
+    unit, name = (GIB, "GiB") if size >= GIB / 10 else (2**20, "MiB")
+    return f"{size / unit:.2f} {name}"
+
+
 def check_plan(plan: Plan, limit: int | None) -> None:
     """Raises Refused if a device has less memory than the plan needs."""
     if limit is not None and plan.total > limit:
-        parts = ", ".join(f"{k} {v / GIB:.3g}" for k, v in plan._asdict().items())
+        parts = ", ".join(f"{k} {shown(v)}" for k, v in plan._asdict().items())
         raise Refused(
-            f"too little memory per device: a step needs {plan.total / GIB:.3g} GiB of "
-            f"{limit / GIB:.3g} ({parts}). {REMEDY}"
+            f"too little memory per device: a step needs {shown(plan.total)} of "
+            f"{shown(limit)} ({parts}). {REMEDY}"
         )
 
 
 def print_plan(plan: Plan, limit: int | None, title: str, console: Console) -> None:
     """The plan as a table."""
-    table = Table("GiB per device", "", title=title, title_justify="left")
+    console.print(title)
+    table = Table("", "per device")
     table.columns[1].justify = "right"
     for name, value in plan._asdict().items():
-        table.add_row(name, f"{value / GIB:.3f}")
+        table.add_row(name, shown(value))
     table.add_section()
-    table.add_row("total", f"{plan.total / GIB:.3f}")
+    table.add_row("together", shown(plan.total))
     if limit is not None:
-        table.add_row("of", f"{limit / GIB:.3f}")
+        table.add_row("there is", shown(limit))
     console.print(table)

@@ -262,7 +262,7 @@ def test_too_little_memory_is_refused_with_the_numbers():
     needs = plan.Plan(*(i * plan.GIB for i in range(6)))
     plan.check_plan(needs, 15 * plan.GIB)
     plan.check_plan(needs, None)
-    with pytest.raises(Refused, match="needs 15 GiB of 14 .*optimizer 2.*--remat"):
+    with pytest.raises(Refused, match="needs 15.00 GiB of 14.00 GiB .*optimizer 2.00.*--remat"):
         plan.check_plan(needs, 14 * plan.GIB)
 
 
