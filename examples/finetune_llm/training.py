@@ -34,6 +34,7 @@ __all__ = [
     "Metrics",
     "Parts",
     "Run",
+    "abstract_run",
     "begin",
     "fit",
     "loss_and_count",
@@ -51,15 +52,36 @@ def unreported(step: int, metrics: dict[str, float]) -> None:
 
 
 def begin(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh) -> Run:
-    """A run at its start: moments are where the factors are, the rest everywhere."""
+    """A run at its start, on the mesh, without touching the given arrays."""
 
     def place(x):
-        x = jnp.asarray(x)
         there = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
         return jnp.copy(x) if there else jax.device_put(x, NamedSharding(mesh, P()))
 
     trainable = jax.tree.map(place, trainable)
-    return jax.tree.map(place, Run(trainable, tx.init(trainable), jnp.int32(0)))
+    where = jax.tree.map(lambda x: x.sharding, abstract_run(trainable, tx, mesh))
+    opt_state = jax.jit(tx.init, out_shardings=where.opt_state)(trainable)
+    return Run(trainable, opt_state, jax.device_put(jnp.int32(0), where.step))
+
+
+def abstract_run(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh) -> Run:
+    """Shapes and shardings of a run, from arrays or from shapes with shardings.
+
+    What the optimizer keeps for a factor in the factor's shape is divided as the factor
+    is; the rest is small, and on every device.
+    """
+    like = {tuple(path): x for path, x in jax.tree.leaves_with_path(trainable)}
+
+    def place(path, x):
+        owners = (like.get(tuple(path[i:])) for i in range(len(path)))
+        owner = next((y for y in owners if y is not None), None)
+        same = owner is not None and owner.shape == x.shape
+        where = owner.sharding if same else NamedSharding(mesh, P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    new = lambda trainable: Run(trainable, tx.init(trainable), jnp.int32(0))
+    shapes = jax.eval_shape(new, trainable)
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def share_of_process(mesh: Mesh, rows: int) -> tuple[int, int]:
