@@ -6,7 +6,7 @@ from typing import Any
 from examples.finetune_llm.data import batches
 from examples.finetune_llm.kernels import chosen
 from examples.finetune_llm.lora import add_lora as add_lora
-from examples.finetune_llm.lora import scale_of
+from examples.finetune_llm.lora import check_quantised, scale_of
 from examples.finetune_llm.starts import (
     STARTS,
     check_start,
@@ -34,6 +34,7 @@ def check(spec: Any, options: Any) -> None:
     modules = chosen(spec, options.targets)
     # With a budget, ranks stay within what the kernels allow.
     rank = options.rank if options.rank_budget is None else 1
+    check_quantised(options.qlora)
     check_start(spec, options.start, modules, rank, options.qlora)
 
 

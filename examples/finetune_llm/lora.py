@@ -25,6 +25,12 @@ def scale_of(alpha: float, rank: int, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
+def check_quantised(name: str | None) -> None:
+    """Raises Refused for an unknown kind of quantised base."""
+    if name is not None and name not in QTYPES:
+        raise Refused(f"--qlora {name} is not among {', '.join(QTYPES)}.")
+
+
 class Provider(qwix.LoraProvider):
     """Adapters of qwix whose layers give back the dtype that they got, as in PEFT.
 
@@ -80,8 +86,6 @@ def _quantisation(spec: Any, module: Module, quantise: str | None) -> dict[str, 
     """The options of a rule: type, and in four bits how many weights share a scale."""
     if quantise is None:
         return {}
-    if quantise not in QTYPES:
-        raise Refused(f"--qlora {quantise} is not among {', '.join(QTYPES)}.")
     c, how = spec.model_config, {"weight_qtype": quantise}
     size = c.hidden_dim if module.path == "mlp/down_proj" else c.embed_dim
     size = c.head_dim if module.targets == ("o_proj",) else size
@@ -121,6 +125,7 @@ def add_lora(
     Raises:
       Refused: What `chosen` raises, or a rank above a kernel's smaller side.
     """
+    check_quantised(quantise)
     modules = chosen(spec, targets)
     reference = rank if ranks is None else ranks.reference
     scale = scale_of(alpha, reference, rslora)
