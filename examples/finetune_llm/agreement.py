@@ -28,6 +28,7 @@ def torch_logits(base: Path, tokens: np.ndarray, adapter: Path | None = None) ->
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(base), dtype=torch.float32
     )

@@ -21,7 +21,7 @@ TEMPLATE = (
     "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-PARAGRAPH = 40, 360  # characters, at least and at most
+PARAGRAPH = 40, 240  # characters, at least and at most
 
 
 def sources(at_most: int | None = None) -> list[str]:

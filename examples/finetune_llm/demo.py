@@ -6,6 +6,7 @@ It takes the place of a pretrained model, in a folder as Hugging Face lays it ou
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +39,8 @@ class Size(NamedTuple):
     rate: float = 3e-3
 
 
-FULL = Size(2048, 128, 4, 400, 16, 128)
-QUICK = Size(512, 64, 2, 60, 8, 64, modules=40)
+FULL = Size(2048, 128, 4, 500, 16, 128)
+QUICK = Size(1024, 64, 2, 80, 8, 128, modules=40)
 
 
 def config(size: Size) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def pretrain(
     examples = [Example(row, learnt) for row in rows]
     rate = schedule(size.rate, size.steps, 0.1)
     losses: list[float] = []
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("pretraining", total=size.steps)
 
         def report(step: int, metrics: dict[str, float]) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 from tunix.generate.sampler import CacheConfig, Sampler
@@ -78,13 +77,13 @@ class Generator:
         self.stop, self.tokens, self.batch, self.mesh = stop, tokens, batch, mesh
         heads = config.num_layers, config.num_kv_heads, config.head_dim
         cache = CacheConfig(_power_of_2(longest) + tokens, *heads)
-        self.sampler = Sampler(in_one_dtype(model), Tokens(tokenizer), cache)
+        self.sampler = Sampler(model, Tokens(tokenizer), cache)
 
     def __call__(
         self, model: nnx.Module, prompts: Sequence[Sequence[int]]
     ) -> list[str]:
         """The continuation of each prompt, in order, up to a token that ends it."""
-        self.sampler.transformer_state = nnx.variables(in_one_dtype(model))
+        self.sampler.transformer_state = nnx.variables(model)
         # Those of like length together: a batch is as long as its longest prompt.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         texts = [""] * len(prompts)
@@ -106,18 +105,6 @@ class Generator:
                 max_prompt_length=_power_of_2(max(map(len, prompts))),
                 eos_tokens=self.stop,
             ).text
-
-
-def in_one_dtype(model: nnx.Module) -> nnx.Module:
-    """The model with factors in the dtype of its embedding.
-
-    Keys and values have one dtype in tunix's sampler. Factors that are wider than the
-    base would make some of them wider.
-    """
-    graph, factors, base = nnx.split(model, nnx.LoRAParam, ...)
-    dtype = model.embedder.input_embedding.dtype
-    factors = jax.tree.map(lambda x: x.astype(dtype), factors)
-    return nnx.merge(graph, factors, base)
 
 
 def _power_of_2(count: int) -> int:

@@ -13,6 +13,7 @@ from examples.finetune_llm.data import Example, load_tokenizer, read_examples, r
 from examples.finetune_llm.errors import Refused
 from examples.finetune_llm.evaluation import read_questions
 from examples.finetune_llm.mesh import make_mesh
+from examples.finetune_llm.names import check_files
 from examples.finetune_llm.options import Options
 
 
@@ -74,6 +75,7 @@ def read_inputs(options: Options, say: Callable[[str], None]) -> Inputs:
             "--evaluate and --sample-every need a mesh within one process; leave them "
             "out here, and evaluate the merged folder in one."
         )
+    check_files(spec)
     tokenizer = load_tokenizer(options.model, spec.config["vocab_size"])
 
     def read(path: Any) -> list[Example]:

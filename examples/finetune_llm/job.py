@@ -20,7 +20,7 @@ from examples.finetune_llm import (
     export,
     models,
 )
-from examples.finetune_llm.evaluation import Loss, answers, perplexity
+from examples.finetune_llm.evaluation import answers, perplexity
 from examples.finetune_llm.folder import check_output, claim
 from examples.finetune_llm.inputs import Inputs, is_first, read_inputs, read_model
 from examples.finetune_llm.mesh import join_processes
@@ -133,7 +133,8 @@ class Job:
             pair_options=adapters.pair_options(options),
         )  # fmt: skip
         title = f"rate {rate:g}"
-        bar = Progress(console=self.console, transient=True)
+        hidden = not self.console.is_terminal
+        bar = Progress(console=self.console, transient=True, disable=hidden)
         with Report(folder, step=done, active=is_first()) as report, bar:
             task = bar.add_task(title, total=inputs.steps, completed=done)
 

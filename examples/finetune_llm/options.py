@@ -179,6 +179,8 @@ def parse(argv: Sequence[str] | None, description: str) -> Options:
     chosen = dict(PRESETS[given.preset].settings) if "preset" in given else {}
     if "demo" in given:
         chosen = {**DEMO, **(QUICK_DEMO if "quick" in given else {}), **chosen}
+    if "rate" in given and "rates" not in given:
+        chosen["rates"] = ()
     asked = {k: tuple(v) if type(v) is list else v for k, v in vars(given).items()}
     options = Options(**{**chosen, **asked})
     _check(options)

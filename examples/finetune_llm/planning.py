@@ -104,8 +104,8 @@ def plan_run(options: Options, spec: models.Spec, mesh: Mesh, console: Console) 
     device = mesh.devices.flat[0]
     shape = ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
     title = (
-        f"{spec.folder}: {spec.family}, {options.batch} rows of {options.length} tokens "
-        f"in {options.accumulate} parts, {options.optimizer}; {mesh.size} × "
+        f"{spec.folder}: {spec.family}, {options.batch} rows of {options.length} "
+        f"tokens in {options.accumulate} parts, {options.optimizer}; {mesh.size} × "
         f"{device.device_kind} as {shape}"
     )
     limit = device_memory(device, options.memory)

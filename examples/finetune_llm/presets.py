@@ -60,7 +60,7 @@ DEMO = {
     "rank": 8,
     "alpha": 16.0,
     "dtype": "float32",
-    "rate": 3e-3,
+    "rates": (1e-3, 3e-3, 1e-2),
     "steps": 120,
     "batch": 16,
     "length": 128,
@@ -72,9 +72,9 @@ DEMO = {
     "answer_tokens": 24,
 }
 QUICK_DEMO = {
+    "rates": (3e-3, 1e-2),
     "steps": 20,
     "batch": 8,
-    "length": 64,
     "evaluate_every": 10,
     "sample_every": 0,
     "save_every": 10,
