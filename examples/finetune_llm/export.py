@@ -154,7 +154,7 @@ def dequantised(value: Any) -> jax.Array:
     """The array of a kernel, whether qwix keeps it in codes or not."""
     if isinstance(value, nnx.Param):
         return value.get_value()
-    return qwix.dequantize(value.value)
+    return qwix.dequantize(value.value.array)
 
 
 def _adapted(spec: Any, model: Any) -> list[Module]:

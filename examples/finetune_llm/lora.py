@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import qwix
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -38,14 +39,18 @@ class Provider(qwix.LoraProvider):
     """
 
     def dot_general(self, lhs, rhs, *args, **options):  # noqa: D102
-        return _like(lhs, super().dot_general(lhs, rhs, *args, **options))
+        y = super().dot_general(lhs, rhs, *args, **options)
+        return y.astype(_dtype(lhs, rhs))
 
-    def einsum(self, equation, lhs, *others, **options):  # noqa: D102
-        return _like(lhs, super().einsum(equation, lhs, *others, **options))
+    def einsum(self, equation, lhs, rhs, *others, **options):  # noqa: D102
+        y = super().einsum(equation, lhs, rhs, *others, **options)
+        return y.astype(_dtype(lhs, rhs))
 
 
-def _like(x: jax.Array, y: jax.Array) -> jax.Array:
-    return y.astype(x.dtype)
+def _dtype(lhs: Any, rhs: Any) -> Any:
+    """That of a product of arrays; of codes, that of what they are multiplied by."""
+    arrays = [x for x in (lhs, rhs) if isinstance(x, jax.Array | np.ndarray)]
+    return jnp.result_type(*arrays)
 
 
 def _rules(

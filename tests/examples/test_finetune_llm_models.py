@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'sharding' is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.flax.nnx.State. will be:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:flax.*"),
+    pytest.mark.filterwarnings("ignore:.with mesh:. context:DeprecationWarning"),
     pytest.mark.usefixtures("quick_compiles"),
 ]
 
@@ -214,9 +215,9 @@ def states(*some):
 @pytest.mark.parametrize("name", PLAIN)
 def test_weights_are_placed_as_tunix_annotates_them(folder_of, mesh, name):
     spec = models.read_spec(folder_of(name))
-    model = models.load(spec, mesh, jnp.bfloat16)
+    base = models.load(spec, mesh, jnp.bfloat16)
     plan = models.abstract(spec, mesh, jnp.bfloat16)
-    model = adapters.add_lora(spec, model, mesh, **LORA)
+    model = adapters.add_lora(spec, base, mesh, **LORA)
     plan = adapters.add_lora(spec, plan, mesh, **LORA)
     cut = 0
     for path, (x, y) in states(model, plan).items():
@@ -227,7 +228,8 @@ def test_weights_are_placed_as_tunix_annotates_them(folder_of, mesh, name):
         share = np.prod(x.addressable_shards[0].data.shape) / x.size
         cut += share <= 1 / 4
         assert share <= 1 / 2 or path[-1] == "scale", path
-    assert cut >= len(spec.model_config.shd_config.__slots__) > 5
+    kernels_there = [x for x in jax.tree.leaves(nnx.state(base)) if x.ndim > 1]
+    assert cut == len(kernels_there) > 10
 
 
 def test_a_mesh_changes_no_logits(folder_of, mesh):
@@ -245,8 +247,8 @@ def test_new_weights_do_not_depend_on_the_mesh(folder_of, mesh):
         np.testing.assert_array_equal(x, y, err_msg=str(path))
         if x.ndim > 1:
             assert 0.015 < float(jnp.std(x)) < 0.025, path
-        kinds[path[-1]] = float(x.flat[0])
-    assert kinds["w"] == 1.0 or kinds["q_bias"] == 0.0
+        kinds[path[-1]] = float(x.reshape(-1)[0])
+    assert kinds["q_bias"] == 0.0
     other = models.random(spec, 1, jnp.float32)
     assert distance(logits_of(spec, other), logits_of(spec, one)) > 0.1
 
@@ -383,22 +385,21 @@ def test_a_quantised_base_goes_out_dequantised(folder_of, tmp_path, name, kind):
         assert (error > 1e-3) == ("proj.weight" in key), key
 
 
-def test_layers_keep_bfloat16_and_factors_float32(folder_of):
-    for kind in (None, "nf4"):
-        spec, model, _, _ = adapt(folder_of("llama"), jnp.bfloat16, qlora=kind)
-        factors = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
-        assert {x.dtype for x in factors} == {jnp.dtype(jnp.float32)}
-        x, one = jnp.ones((1, 3, 32), jnp.bfloat16), jnp.zeros((1, 3), jnp.int32)
-        graph, state = nnx.split(model)
-        hidden = []
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_layers_keep_bfloat16_and_factors_float32(folder_of, kind):
+    _, model, _, _ = adapt(folder_of("llama"), jnp.bfloat16, qlora=kind)
+    factors = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
+    assert {x.dtype for x in factors} == {jnp.dtype(jnp.float32)}
+    graph, state = nnx.split(model)
+    one, seen = jnp.zeros((1, 3), jnp.int32), []
 
-        def run(state, graph=graph, hidden=hidden):
-            found = nnx.merge(graph, state)
-            found.final_norm = Spy(found.final_norm, hidden)
-            return found(one, one, None, jnp.ones((1, 3, 3), bool))[0]
+    def run(state):
+        found = nnx.merge(graph, state)
+        found.final_norm = Spy(found.final_norm, seen)
+        return found(one, one, None, jnp.ones((1, 3, 3), bool))[0]
 
-        jax.eval_shape(run, state)
-        assert hidden == [x.dtype], kind
+    jax.eval_shape(run, state)
+    assert seen == [jnp.bfloat16]
 
 
 class Spy(nnx.Module):
@@ -414,7 +415,7 @@ class Spy(nnx.Module):
 
 def test_a_merged_folder_keeps_files_dtypes_and_all_else(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
-    seeded(llama).to(torch.bfloat16).save_pretrained(source, max_shard_size="20KB")
+    seeded(llama).to(torch.bfloat16).save_pretrained(source, max_shard_size="10KB")
     (source / "tokenizer.json").write_text("{}")
     spec, model, _, scale = adapt(source)
     draw(model)
@@ -492,7 +493,7 @@ def test_folders_that_do_not_fit_are_refused(folder_of, tmp_path):
         models.read_spec(tmp_path)
     base = folder_of("llama")
     spec = spec_with(tmp_path, base)
-    with pytest.raises(Refused, match="no .*safetensors"):
+    with pytest.raises(Refused, match=r"has no \*\.safetensors"):
         models.load(spec, None, jnp.float32)
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(Refused, match="no safetensors file"):
