@@ -163,7 +163,7 @@ def _check(messages: Any) -> None:
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise BadLine(f"message {i} lacks role or content")
-        if not isinstance(message["content"], str):
+        if not _is_text(message["content"]):
             raise BadLine(f"message {i}: content is no text")
         if message["role"] == "assistant" and not message["content"].strip():
             raise BadLine(f"message {i}: the assistant's answer is empty")
@@ -186,11 +186,16 @@ def _plain(text: str, tokenizer: Any) -> list[int]:
 
 
 def _text(record: dict, name: str) -> str:
-    if not isinstance(record[name], str):
+    if not _is_text(record[name]):
         raise BadLine(f"{name} is no text")
     if not record[name].strip() and name != "prompt":
         raise BadLine(f"{name} is empty")
     return record[name]
+
+
+def _is_text(value: Any) -> bool:
+    """JSON may write the halves of a character, which are no text of their own."""
+    return isinstance(value, str) and not any("\ud800" <= x <= "\udfff" for x in value)
 
 
 def _joined(parts: Iterator[tuple[list[int], bool]] | list) -> Example:

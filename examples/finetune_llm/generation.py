@@ -1,13 +1,16 @@
 """Greedy generation by tunix's sampler, which keeps keys and values of past tokens."""
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tunix.generate.sampler import CacheConfig, Sampler
 
 # tunix takes every token of this number for padding, in prompts as well: it has to be
@@ -56,6 +59,23 @@ def stop_tokens(folder: Path, tokenizer: Any) -> list[int]:
     return sorted(found)
 
 
+class MeshSampler(Sampler):
+    """tunix's sampler, with its answers on every device, so that each process has all.
+
+    Where the model divides its activations, tokens would be divided as well.
+    """
+
+    def __init__(self, mesh: Mesh, *args: Any):
+        self.everywhere = NamedSharding(mesh, P())
+        super().__init__(*args)
+
+    def _decode_fn(self, params: Any, sampling_state: Any) -> Any:
+        state = super()._decode_fn(params, sampling_state)
+        place = jax.lax.with_sharding_constraint
+        tokens = place(state.token_buffer, self.everywhere)
+        return dataclasses.replace(state, token_buffer=tokens)
+
+
 class Generator:
     """Continues prompts greedily, again and again without compiling anew.
 
@@ -77,7 +97,7 @@ class Generator:
         self.stop, self.tokens, self.batch, self.mesh = stop, tokens, batch, mesh
         heads = config.num_layers, config.num_kv_heads, config.head_dim
         cache = CacheConfig(_power_of_2(longest) + tokens, *heads)
-        self.sampler = Sampler(model, Tokens(tokenizer), cache)
+        self.sampler = MeshSampler(mesh, model, Tokens(tokenizer), cache)
 
     def __call__(
         self, model: nnx.Module, prompts: Sequence[Sequence[int]]
