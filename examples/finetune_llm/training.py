@@ -172,7 +172,6 @@ def fit(
         for step in range(before + 1, steps + 1):
             run, metrics = step_fn(run, parts.frozen, put(next(source), mesh, batch))
             reporter(step, metrics)
-            saver(step, run)
             due = [fn for n, fn in watch if n and (step % n == 0 or step == steps)]
             if due:
                 reporter.flush()
@@ -180,6 +179,9 @@ def fit(
                 for fn in due:
                     fn(step, now)
                 reporter.begun = time.perf_counter()
+            if step % save_every == 0 or step == steps:
+                reporter.flush()  # what a checkpoint is behind has been reported
+            saver(step, run)
         reporter.flush()
     nnx.update(model, run.trainable)
     return before

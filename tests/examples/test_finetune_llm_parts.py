@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-for name in ("matplotlib", "rich", "tensorboardX"):
-    pytest.importorskip(name)
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("tensorboardX")
 
 from rich.console import Console
 
@@ -170,7 +171,7 @@ def test_a_sweep_keeps_the_rate_of_the_lowest_loss_that_is_a_number(tmp_path):
     assert [run.rate for run in runs] == sorted(LOSSES)
     assert len(set(seen)) == 4
     assert sweep.best(runs).rate == 3e-4
-    with pytest.raises(Refused, match="every rate of 0.001 diverged"):
+    with pytest.raises(Refused, match=r"every rate of 0\.001 diverged"):
         sweep.best([run for run in runs if math.isnan(run.loss)])
 
 
@@ -262,7 +263,8 @@ def test_too_little_memory_is_refused_with_the_numbers():
     needs = plan.Plan(*(i * plan.GIB for i in range(6)))
     plan.check_plan(needs, 15 * plan.GIB)
     plan.check_plan(needs, None)
-    with pytest.raises(Refused, match="needs 15.00 GiB of 14.00 GiB .*optimizer 2.00.*--remat"):
+    says = r"needs 15\.00 GiB of 14\.00 GiB .*optimizer 2\.00 GiB.*--remat"
+    with pytest.raises(Refused, match=says):
         plan.check_plan(needs, 14 * plan.GIB)
 
 
