@@ -72,8 +72,8 @@ def read_inputs(options: Options, say: Callable[[str], None]) -> Inputs:
     spec, mesh = read_model(options)
     if (options.evaluate or options.sample_every) and jax.process_count() > 1:
         raise Refused(
-            "--evaluate and --sample-every need a mesh within one process; leave them "
-            "out here, and evaluate the merged folder in one."
+            "--evaluate and --sample-every need one process: leave them out here, and "
+            "repeat the command in one process when the run is complete."
         )
     check_files(spec)
     tokenizer = load_tokenizer(options.model, spec.config["vocab_size"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class Job:
 
     def __init__(self, options: Options, inputs: Inputs, console: Console):
         self.options, self.inputs, self.console = options, inputs, console
+        self.begun = time.perf_counter()
         self.settings = options.settings() | {"steps": inputs.steps}
         self.measure = perplexity(
             inputs.spec, inputs.validation, mesh=inputs.mesh, batch=options.batch,
@@ -115,7 +117,8 @@ class Job:
             save_picture(output / PICTURE, runs, pairs)
             result["sweep"] = [[x.rate, x.loss] for x in swept]
             write_json(output / "result.json", result)
-            self.console.print(f"{output / PICTURE}: the picture")
+            seconds = time.perf_counter() - self.begun
+            self.console.print(f"{output / PICTURE}: the picture; {seconds:.0f} s")
 
     def train(self, rate: float, folder: Path) -> float:
         """One run from the start of the factors on; its loss on validation data.
@@ -149,7 +152,8 @@ class Job:
                 accumulate=options.accumulate, folder=folder / "checkpoints",
                 save_every=options.save_every, settings=settings, report=tell,
                 watch=watches(
-                    options, inputs, report, self.measure, self.console.print
+                    options, inputs, report, self.measure,
+                    lambda text: self.console.print(f"{title}, {text}"),
                 ),
             )  # fmt: skip
         return self.measure(self.model).loss

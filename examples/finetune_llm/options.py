@@ -19,8 +19,12 @@ OPTIMIZERS = (
     "lorapro_adamw",
 )
 STARTS = ("lora", "lora_ga", "gora", "lora_one", "pissa", "olora")
-ELSEWHERE = ("output", "plan", "topology", "memory", "cpu_devices", "coordinator")
-ELSEWHERE += ("processes", "process", "cluster", "preset", "quick", "mesh")
+# What may be another when a run goes on: where it is computed, what is looked at.
+ELSEWHERE = {"output", "plan", "preset", "strict"}
+ELSEWHERE |= {"mesh", "topology", "memory", "cpu_devices"}
+ELSEWHERE |= {"coordinator", "processes", "process", "cluster"}
+WATCHING = {"evaluate_every", "sample_every", "save_every", "diagnostics"}
+WATCHING |= {"evaluate", "questions", "answer_tokens"}
 
 POSITIVE = ("rank", "alpha", "rank_budget", "start_batches", "rate", "rates", "epochs")
 POSITIVE += ("steps", "batch", "accumulate", "length", "evaluate_every", "save_every")
@@ -125,9 +129,13 @@ class Options:
     quick: bool = option("ready-made", False, "with --demo: under 2 minutes")
 
     def settings(self) -> dict[str, Any]:
-        """What makes a run what it is, wherever and however it is computed, as JSON."""
-        chosen = dataclasses.asdict(self)
-        chosen = {k: v for k, v in chosen.items() if k not in ELSEWHERE}
+        """What makes a run what it is, wherever and however it is computed, as JSON.
+
+        A sweep may have other rates the next time: each has a folder of its own.
+        """
+        apart = ELSEWHERE | WATCHING | ({"rate"} if self.rates else set())
+        chosen = dataclasses.asdict(self) | {"rates": bool(self.rates)}
+        chosen = {k: v for k, v in chosen.items() if k not in apart}
         plain = lambda v: list(v) if isinstance(v, tuple) else v
         return {
             k: str(v.resolve()) if isinstance(v, Path) else plain(v)

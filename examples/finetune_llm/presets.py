@@ -67,7 +67,7 @@ DEMO = {
     "packing": True,
     "warmup": 0.1,
     "evaluate_every": 30,
-    "sample_every": 60,
+    "sample_every": 120,
     "save_every": 60,
     "answer_tokens": 24,
 }

@@ -225,8 +225,19 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     folder.claim(first)
     folder.check_output(first)
     folder.check_output(dataclasses.replace(first, mesh="fsdp=8", memory=3.0))
+    folder.check_output(dataclasses.replace(first, evaluate="gsm8k", save_every=7))
     with pytest.raises(Refused, match="another run's: --rank 16 there, 4 here"):
         folder.check_output(dataclasses.replace(first, rank=4))
+    with pytest.raises(Refused, match="--rates"):
+        folder.check_output(dataclasses.replace(first, rates=(1e-3,)))
+
+
+def test_a_sweep_may_get_more_rates_in_its_folder(tmp_path):
+    first = parse("--output", str(tmp_path / "out"), "--rates", "1e-3", "3e-3")
+    folder.claim(first)
+    folder.check_output(dataclasses.replace(first, rates=(1e-2,)))
+    with pytest.raises(Refused, match="--seed"):
+        folder.check_output(dataclasses.replace(first, rates=(1e-2,), seed=1))
 
 
 def test_a_folder_with_other_files_or_a_file_is_refused(tmp_path):
