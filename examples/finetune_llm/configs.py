@@ -16,6 +16,15 @@ FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",  # its part for text
+}
+# What transformers leaves out of the config.json of the larger Gemmas.
+GEMMA_DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
 }
 _REMAT = {
     "llama": llama3.RematConfig,
@@ -51,6 +60,15 @@ def family_of(config: Mapping[str, Any]) -> str:
             f"Supported are {', '.join(FAMILIES)}."
         )
     return FAMILIES[found]
+
+
+def for_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries for text, in one mapping; those for images are left out."""
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return dict(config)
+    outer = {k: v for k, v in config.items() if not isinstance(v, Mapping)}
+    return {**GEMMA_DEFAULTS, **outer, **inner}
 
 
 def model_config(family: str, config: Mapping[str, Any], remat: bool) -> Any:

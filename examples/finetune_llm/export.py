@@ -6,6 +6,7 @@ float32 and rounded once, to the dtype that it has in the file.
 
 import functools
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from examples.finetune_llm.kernels import (
     module_names,
     modules_of,
 )
-from examples.finetune_llm.names import Weight, weights
+from examples.finetune_llm.names import Weight, in_modules, weights
 from lorapro_jax import merge_adapters
 from lorapro_jax.peft import save_peft_adapter
 
@@ -45,12 +46,14 @@ def save_adapter(
       initial: The factors at the start, if that changed the base weights.
       **pair_options: From `adapters.pair_options`.
     """
+    within = in_modules(spec)
+    known = [re.sub(r"^(language_model\.)?model\b", within, x) for x in weights(spec)]
     save_peft_adapter(
         folder,
         nnx.state(model, nnx.LoRAParam),
         initial=initial,
-        module_names=module_names(_adapted(spec, model)),
-        model=[*weights(spec)],
+        module_names=module_names(_adapted(spec, model), within),
+        model=known,
         config={
             "base_model_name_or_path": str(spec.folder),
             "task_type": "CAUSAL_LM",

@@ -70,12 +70,12 @@ def chosen(spec: Any, targets: Sequence[str]) -> tuple[Module, ...]:
     return found
 
 
-def module_names(modules: Sequence[Module]) -> dict[str, Any]:
+def module_names(modules: Sequence[Module], within: str = "model") -> dict[str, Any]:
     """What PyTorch calls modules, as `save_peft_adapter` takes it."""
     found: dict[str, Any] = {}
     for module in modules:
         block = "mlp" if module.path.startswith("mlp") else "self_attn"
-        names = [rf"model.layers.\1.{block}.{x}" for x in module.targets]
+        names = [rf"{within}.layers.\1.{block}.{x}" for x in module.targets]
         at = rf"layers/(\d+)/{module.path}"
         found[at] = names[0] if len(names) == 1 else (names, 1)
     return found

@@ -27,7 +27,7 @@ with warnings.catch_warnings():  # Qwen imports what is deprecated in JAX
     from tunix.models.qwen2 import params as qwen2_params
     from tunix.models.qwen3 import params as qwen3_params
 
-    from examples.finetune_llm.configs import family_of, model_config
+    from examples.finetune_llm.configs import family_of, for_text, model_config
     from examples.finetune_llm.rotary import Llama, Qwen3
 
 from examples.finetune_llm import names
@@ -48,7 +48,7 @@ class Spec(NamedTuple):
     Attributes:
       family: One of the keys of `CLASSES`.
       folder: The folder.
-      config: What config.json has.
+      config: What config.json has; where it has images, too, what it has for text.
       model_config: tunix's configuration.
     """
 
@@ -77,7 +77,7 @@ def read_spec(folder: Path, *, remat: bool = False) -> Spec:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Refused(f"{path} is no JSON: {error}") from None
-    family = family_of(config)
+    family, config = family_of(config), for_text(config)
     return Spec(family, Path(folder), config, model_config(family, config, remat))
 
 

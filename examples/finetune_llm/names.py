@@ -51,7 +51,20 @@ def weights(spec: Any) -> dict[str, Weight]:
     found["model.norm.weight"] = Weight(norm, (c.embed_dim,), same)
     if not is_tied(spec):
         found["lm_head.weight"] = Weight("lm_head.w", table, np.transpose)
+    if has_images(spec):
+        return {f"language_model.{name}": weight for name, weight in found.items()}
     return found
+
+
+def has_images(spec: Any) -> bool:
+    """Whether the model for text is a part of one that sees images, too."""
+    architectures = spec.config.get("architectures") or [""]
+    return "ConditionalGeneration" in architectures[0]
+
+
+def in_modules(spec: Any) -> str:
+    """Where PyTorch's model has its layers; with images, its files say otherwise."""
+    return "model.language_model" if has_images(spec) else "model"
 
 
 def is_tied(spec: Any) -> bool:
@@ -156,7 +169,12 @@ def _check_names(
 ) -> None:
     missing = [x for x in due if x not in found]
     ignored = ("rotary_emb.inv_freq", "lm_head.weight")  # the latter where it is tied
-    unknown = [x for x in found if x not in due and not x.endswith(ignored)]
+    images = ("vision_tower.", "multi_modal_projector.") if has_images(spec) else ()
+    unknown = [
+        x
+        for x in found
+        if x not in due and not x.endswith(ignored) and not x.startswith(images)
+    ]
     for names, what in ((missing, "lack"), (unknown, "have the unknown")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,5 +1,6 @@
 """Language models in tunix, transformers and peft: one folder, the same logits."""
 
+import dataclasses
 import json
 import types
 import warnings
@@ -21,6 +22,8 @@ pytest.importorskip("tunix")
 
 with warnings.catch_warnings():  # tunix imports what is deprecated in JAX
     warnings.simplefilter("ignore", DeprecationWarning)
+    from tunix.models.gemma3 import model as gemma3_config
+
     from examples.finetune_llm import adapters, export, kernels, models, names, starts
     from examples.finetune_llm.data import Example
     from examples.finetune_llm.errors import Refused
@@ -33,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'sharding' is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.flax.nnx.State. will be:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:flax.*"),
-    pytest.mark.filterwarnings("ignore:.with mesh:. context:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.with mesh.. context:DeprecationWarning"),
     pytest.mark.usefixtures("quick_compiles"),
 ]
 
@@ -79,6 +82,20 @@ def gemma3(**more):
     return transformers.Gemma3ForCausalLM(config)
 
 
+def gemma3_with_images():
+    """As those from 4B on are; the part for images goes along as it is."""
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    marks = ("image_token_index", "boi_token_index", "eoi_token_index")
+    config = transformers.Gemma3Config(
+        text_config=SIZES | GEMMA, vision_config=vision, mm_tokens_per_image=4,
+        **dict.fromkeys(marks, 0),
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
 FAMILIES = {
     "llama": llama,
     "llama tied": lambda: llama(tie_word_embeddings=True),
@@ -86,8 +103,10 @@ FAMILIES = {
     "qwen3": lambda: qwen3(tie_word_embeddings=True),
     "gemma3": gemma3,  # keys and values in one array
     "gemma3 fused": lambda: gemma3(num_key_value_heads=4),
+    "gemma3 with images": gemma3_with_images,
 }
 PLAIN = ("llama", "qwen2", "qwen3", "gemma3", "gemma3 fused")
+EXPORTED = (*PLAIN, "gemma3 with images")
 ALL = (*kernels.ATTENTION, *kernels.MLP)
 
 
@@ -129,7 +148,7 @@ def distance(got, want):
 
 def in_transformers(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    return outputs_of(model.eval(), TEXT)
+    return outputs_of(model.eval().float(), TEXT)
 
 
 # Loading
@@ -194,6 +213,25 @@ def test_configs_of_transformers_4_are_read_alike(folder_of, tmp_path):
             config.pop(entry, None)
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert models.read_spec(tmp_path).model_config == new.model_config, name
+
+
+def test_the_config_of_gemma_3_4b_is_read(tmp_path):
+    """As on the hub, where it leaves out what is transformers' default."""
+    text = {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+        "num_hidden_layers": 34, "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    }  # fmt: skip
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    config |= {"vision_config": {"hidden_size": 1152}, "initializer_range": 0.02}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = models.read_spec(tmp_path).model_config
+    want = gemma3_config.ModelConfig.gemma3_4b_it()
+    for entry in dataclasses.fields(want):
+        if entry.name not in ("vision_config", "num_embed"):
+            got = getattr(found, entry.name), getattr(want, entry.name)
+            assert got[0] == got[1], (entry.name, got)
+    assert (found.num_embed, found.vision_config) == (262_208, None)
 
 
 # On a mesh
@@ -284,7 +322,7 @@ def check_exports(spec, model, tmp_path, base, initial=None, **pair_options):
     assert distance(in_transformers(spec.folder), want) > 1e2 * TOLERANCE  # control
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_peft_and_transformers_compute_what_the_adapted_model_does(
     folder_of, tmp_path, name
 ):
@@ -311,11 +349,11 @@ class Options:
         vars(self).update(given)
 
 
-def adapt(folder, dtype=jnp.float32, **given):
+def adapt(folder, dtype=jnp.float32, devices=1, **given):
     """A model with adapters as the command makes it, and what belongs to it."""
     spec, options = models.read_spec(folder), Options(**given)
-    one = np.array(jax.devices()[:1]).reshape(1, 1)
-    mesh = jax.sharding.Mesh(one, ("fsdp", "tp"))
+    grid = np.array(jax.devices()[:devices]).reshape(-1, min(devices, 2))
+    mesh = jax.sharding.Mesh(grid, ("fsdp", "tp"))
     rng = np.random.default_rng(2)
     train = [
         Example(rng.integers(1, WORDS, 24).astype(np.int32), np.arange(24) > 6)
@@ -331,7 +369,7 @@ def adapt(folder, dtype=jnp.float32, **given):
     ("name", "given"),
     [
         ("llama", {"start": "pissa"}),
-        ("gemma3", {"start": "olora", "rslora": True}),
+        ("gemma3", {"start": "olora", "rslora": True, "devices": 4}),
         ("gemma3 fused", {"start": "lora_ga", "rslora": True}),
         ("qwen2", {"start": "lora_ga", "rank_budget": 3}),
         ("qwen3", {"start": "gora", "rank_budget": 3, "rslora": True}),
@@ -376,11 +414,12 @@ def test_a_quantised_base_goes_out_dequantised(folder_of, tmp_path, name, kind):
     said = export.save_merged(spec, model, tmp_path / "base", **scale)
     assert "dequantised" in said
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    there = {key: x.clone() for key, x in base.state_dict().items()}
     draw(model)
     check_exports(spec, model, tmp_path, base.eval(), **scale)
     # Kernels without adapters are quantised, too, and all others are not.
     full = in_torch(name).state_dict()
-    for key, x in base.state_dict().items():
+    for key, x in there.items():
         error = float((x - full[key]).abs().max())
         assert (error > 1e-3) == ("proj.weight" in key), key
 
