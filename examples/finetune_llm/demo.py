@@ -39,7 +39,7 @@ class Size(NamedTuple):
     rate: float = 3e-3
 
 
-FULL = Size(2048, 128, 4, 500, 16, 128)
+FULL = Size(2048, 128, 4, 300, 16, 128)
 QUICK = Size(1024, 64, 2, 80, 8, 128, modules=40)
 
 

@@ -1,7 +1,8 @@
 """Everything that a run needs, read and checked before any weight is loaded."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -46,9 +47,10 @@ def read_model(options: Options) -> tuple[models.Spec, Mesh]:
       Refused: No such model, one that is not supported, a mesh that does not divide
         it, or adapters that cannot be.
     """
-    if not options.model.is_dir():
-        raise Refused(f"--model {options.model} is no folder.")
-    spec = models.read_spec(options.model, remat=options.remat)
+    folder = given(options.model)
+    if not folder.is_dir():
+        raise Refused(f"--model {folder} is no folder.")
+    spec = models.read_spec(folder, remat=options.remat)
     mesh = make_mesh(options)
     models.abstract(spec, mesh, options.dtype)
     adapters.check(spec, options)
@@ -76,9 +78,9 @@ def read_inputs(options: Options, say: Callable[[str], None]) -> Inputs:
             "repeat the command in one process when the run is complete."
         )
     check_files(spec)
-    tokenizer = load_tokenizer(options.model, spec.config["vocab_size"])
+    tokenizer = load_tokenizer(spec.folder, spec.config["vocab_size"])
 
-    def read(path: Any) -> list[Example]:
+    def read(path: Path) -> list[Example]:
         found, problems = read_examples(
             path, tokenizer, length=options.length, strict=options.strict
         )
@@ -86,7 +88,7 @@ def read_inputs(options: Options, say: Callable[[str], None]) -> Inputs:
             say(str(problems))
         return found
 
-    train = read(options.data)
+    train = read(given(options.data))
     if options.validation:
         validation = read(options.validation)
     else:
@@ -102,9 +104,15 @@ def read_inputs(options: Options, say: Callable[[str], None]) -> Inputs:
     return Inputs(spec, tokenizer, mesh, train, validation, questions, steps)
 
 
+def given(path: Path | None) -> Path:
+    """A path that the options cannot lack, for those who check types."""
+    assert path is not None
+    return path
+
+
 def hold_out(
-    examples: list[Example], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+    examples: Sequence[Any], share: float, seed: int
+) -> tuple[list[Any], list[Any]]:
     """Examples to learn from and others to evaluate on, by a seeded choice.
 
     Raises:
@@ -118,7 +126,7 @@ def hold_out(
         )
     order = np.random.default_rng(seed).permutation(len(examples))
     held = set(order[:count].tolist())
-    parts: tuple[list[Example], list[Example]] = ([], [])
+    parts: tuple[list[Any], list[Any]] = ([], [])
     for i, example in enumerate(examples):
         parts[i in held].append(example)
     return parts

@@ -61,14 +61,14 @@ DEMO = {
     "alpha": 16.0,
     "dtype": "float32",
     "rates": (1e-3, 3e-3, 1e-2),
-    "steps": 120,
+    "steps": 80,
     "batch": 16,
     "length": 128,
     "packing": True,
     "warmup": 0.1,
-    "evaluate_every": 30,
-    "sample_every": 120,
-    "save_every": 60,
+    "evaluate_every": 20,
+    "sample_every": 80,
+    "save_every": 40,
     "answer_tokens": 24,
 }
 QUICK_DEMO = {

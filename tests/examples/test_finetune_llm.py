@@ -1,8 +1,10 @@
 """The command that fine-tunes language models, from its options to its files."""
 
+import dataclasses
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -53,16 +55,23 @@ def files(tmp_path_factory):
     return folder
 
 
+@dataclasses.dataclass
+class Command:
+    """Runs the command in this process."""
+
+    model: Path
+    data: Path
+    output: Path
+
+    def __call__(self, *more, **changes):
+        paths = dataclasses.asdict(self) | changes
+        named = [x for name, path in paths.items() for x in (f"--{name}", path)]
+        return main([*map(str, named), *SETTINGS, *map(str, more)])
+
+
 @pytest.fixture
 def command(base, files, tmp_path):
-    """Runs the command in this process; `output` is its folder."""
-
-    def run(*more, model=base, data=files / "train.jsonl", output=tmp_path / "out"):
-        paths = ["--model", model, "--data", data, "--output", output]
-        return main([*map(str, paths), *SETTINGS, *map(str, more)])
-
-    run.output = tmp_path / "out"
-    return run
+    return Command(base, files / "train.jsonl", tmp_path / "out")
 
 
 def contents(folder):

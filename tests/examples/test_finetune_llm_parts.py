@@ -150,7 +150,7 @@ def test_only_an_active_report_writes(tmp_path):
 
 
 def test_the_picture_shows_runs_and_sweep_also_where_losses_are_missing(tmp_path):
-    rows = [{"step": i, "loss": 1 / i} for i in range(1, 50)]
+    rows: list[dict] = [{"step": i, "loss": 1 / i} for i in range(1, 50)]
     rows += [{"step": 49, "validation_loss": 0.5}, {"step": 50, "loss": None}]
     one, both = tmp_path / "one.png", tmp_path / "both.png"
     reports.save_picture(one, {"run": rows, "empty": []})
