@@ -144,7 +144,7 @@ class _Merged:
             return None
         kernel = kernel.astype(jnp.float32)
         if factors:
-            tree = {module.kernel: kernel, **factors}
+            tree: Any = {module.kernel: kernel, **factors}
             for name in reversed((*("layers", rest[0]), *module.path.split("/"))):
                 tree = {name: tree}
             axes = kernel_axes([module])

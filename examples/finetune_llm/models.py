@@ -88,7 +88,7 @@ def _with_dtype(spec: Spec, dtype: Any) -> Any:
     return dataclasses.replace(spec.model_config, **new)
 
 
-def load(spec: Spec, mesh: Mesh | None, dtype: Any) -> nnx.Module:
+def load(spec: Spec, mesh: Mesh | None, dtype: Any) -> Any:
     """The model with the weights of its folder.
 
     Args:
@@ -114,7 +114,7 @@ def load(spec: Spec, mesh: Mesh | None, dtype: Any) -> nnx.Module:
     )
 
 
-def abstract(spec: Spec, mesh: Mesh | None, dtype: Any) -> nnx.Module:
+def abstract(spec: Spec, mesh: Mesh | None, dtype: Any) -> Any:
     """The model as `load` returns it, with `ShapeDtypeStruct`s in place of weights.
 
     Raises:
@@ -150,7 +150,7 @@ def _check_divides(path: tuple, where: NamedSharding, x: Any) -> None:
             )
 
 
-def random(spec: Spec, seed: int, dtype: Any, mesh: Mesh | None = None) -> nnx.Module:
+def random(spec: Spec, seed: int, dtype: Any, mesh: Mesh | None = None) -> Any:
     """The model with new weights, to be pretrained.
 
     Kernels and embeddings are normal with the `initializer_range` of config.json, as

@@ -54,8 +54,8 @@ def frequencies(theta: float, size: int, scaling: Scaling | None) -> np.ndarray:
 
 
 @functools.cache
-def _block(kind: type, theta: float, size: int, scaling: Scaling | None) -> Any:
-    """A class's `block`, which looks up `apply_rope` among its globals."""
+def _block(kind: Any, theta: float, size: int, scaling: Scaling | None) -> Any:
+    """The `block` of a class, which looks up `apply_rope` among its globals."""
     table = frequencies(theta, size, scaling)
 
     def apply_rope(x: jax.Array, positions: jax.Array, head_dim: int) -> jax.Array:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import sys
 import types
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,15 @@ with warnings.catch_warnings():  # tunix imports what is deprecated in JAX
     warnings.simplefilter("ignore", DeprecationWarning)
     from tunix.models.gemma3 import model as gemma3_config
 
-    from examples.finetune_llm import adapters, export, kernels, models, names, starts
+    from examples.finetune_llm import (
+        adapters,
+        export,
+        kernels,
+        models,
+        names,
+        rotary,
+        starts,
+    )
     from examples.finetune_llm.data import Example
     from examples.finetune_llm.errors import Refused
     from examples.finetune_llm.rotary import Scaling, frequencies
@@ -43,12 +53,12 @@ pytestmark = [
 TOLERANCE = 1e-4  # of the largest logit, in float32: what the example promises
 WORDS, LENGTH = 64, 40
 TEXT = np.random.default_rng(0).integers(1, WORDS, (2, LENGTH)).astype(np.int32)
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 # Llama 3.2's, but for the length that it had before, so that 40 tokens see it all.
-LLAMA3 = {
+LLAMA3: dict[str, Any] = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0,
     "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -57,7 +67,7 @@ GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
-GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5}
+GEMMA: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5}
 GEMMA |= {"rope_parameters": GEMMA_ROPE, "pad_token_id": 0}
 
 
@@ -103,6 +113,7 @@ FAMILIES = {
     "qwen3": lambda: qwen3(tie_word_embeddings=True),
     "gemma3": gemma3,  # keys and values in one array
     "gemma3 fused": lambda: gemma3(num_key_value_heads=4),
+    "gemma3 narrow": lambda: gemma3(num_key_value_heads=1),
     "gemma3 with images": gemma3_with_images,
 }
 PLAIN = ("llama", "qwen2", "qwen3", "gemma3", "gemma3 fused")
@@ -217,12 +228,15 @@ def test_configs_of_transformers_4_are_read_alike(folder_of, tmp_path):
 
 def test_the_config_of_gemma_3_4b_is_read(tmp_path):
     """As on the hub, where it leaves out what is transformers' default."""
-    text = {
+    text: dict[str, Any] = {
         "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
         "num_hidden_layers": 34, "sliding_window": 1024,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
     }  # fmt: skip
-    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    config: dict[str, Any] = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": text,
+    }
     config |= {"vision_config": {"hidden_size": 1152}, "initializer_range": 0.02}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = models.read_spec(tmp_path).model_config
@@ -274,6 +288,32 @@ def test_a_mesh_changes_no_logits(folder_of, mesh):
     spec = models.read_spec(folder_of("gemma3"))
     one, four = (models.load(spec, x, jnp.float32) for x in (None, mesh))
     assert distance(logits_of(spec, four), logits_of(spec, one)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3 narrow"])
+def test_activations_can_be_divided_as_on_accelerators(
+    folder_of, mesh, monkeypatch, name
+):
+    """On CPUs tunix leaves this out."""
+    spec = models.read_spec(folder_of(name))
+    model = models.load(spec, mesh, jnp.float32)
+    want, seen = logits_of(spec, model), []
+
+    def shard(x, axes, eager=False):
+        seen.append(axes)
+        spec = jax.sharding.PartitionSpec(*axes)
+        where = jax.sharding.NamedSharding(mesh, spec)
+        return jax.lax.with_sharding_constraint(x, where)
+
+    if spec.family == "gemma3":
+        monkeypatch.setattr(gemma3_config.sharding_utils, "shard", shard)
+    else:
+        at = sys.modules[f"tunix.models.{spec.family.replace('llama', 'llama3')}.model"]
+        monkeypatch.setattr(at, "shard", shard)
+    rotary._block.cache_clear()  # it has looked up names before
+    assert distance(logits_of(spec, model), want) < 1e-5
+    rotary._block.cache_clear()
+    assert len(seen) > 4 * spec.model_config.num_layers
 
 
 def test_new_weights_do_not_depend_on_the_mesh(folder_of, mesh):
@@ -393,7 +433,7 @@ def test_starts_scales_and_ranks_go_out_as_they_compute(
     ranks = {
         x.shape[0]
         for path, x in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
-        if path[-1].endswith("lora_b")
+        if str(path[-1]).endswith("lora_b")
     }
     assert (len(ranks) > 1) == ("rank_budget" in given)
 
