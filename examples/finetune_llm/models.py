@@ -196,6 +196,8 @@ def apply(
 
     Within `with mesh:`, tunix says on GPUs and TPUs how activations are divided.
     """
-    del spec  # every family of tunix takes the same four
+    if spec.model_config.remat_config.name != "NONE":
+        # `nnx.remat` writes to the Variables, which then have to be of this trace.
+        model = nnx.merge(*nnx.split(model), copy=True)
     logits, _ = model(tokens, positions, None, mask)
     return logits.astype(jnp.float32)

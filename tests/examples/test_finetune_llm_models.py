@@ -378,6 +378,31 @@ def test_peft_and_transformers_compute_what_the_adapted_model_does(
     assert distance(outputs_of(wrong, TEXT), logits_of(spec, model)) > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_remat_changes_no_gradient(folder_of, name):
+    found = []
+    for remat in (False, True):
+        spec = models.read_spec(folder_of(name), remat=remat)
+        base = models.load(spec, None, jnp.float32)
+        model = adapters.add_lora(spec, base, None, **LORA)
+        draw(model)
+        graph, factors, frozen = nnx.split(model, nnx.LoRAParam, ...)
+
+        def loss(factors, graph=graph, frozen=frozen, spec=spec):
+            model = nnx.merge(graph, factors, frozen)
+            rows = np.ones((2, 6), np.int32)
+            mask = np.tril(np.ones((2, 6, 6), bool))
+            return models.apply(
+                spec, model, TEXT[:, :6], rows.cumsum(1) - 1, mask
+            ).std()
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(factors))
+        found.append((jax.jit(jax.grad(loss))(factors), "remat" in text))
+    (plain, _), (again, _) = found
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), plain, again)
+    assert [x[1] for x in found] == [False, True]
+
+
 class Options:
     """Those of the command that adapters look at."""
 
