@@ -86,15 +86,17 @@ class Generator:
       stop: The tokens that end an answer, from `stop_tokens`.
       longest: Tokens of the longest prompt.
       tokens: Of an answer at most.
-      batch: Prompts at once.
-      mesh: Where the model is.
+      batch: Prompts at once; rounded up to what the mesh divides.
+      mesh: Where the model is, with an axis "fsdp".
     """
 
     def __init__(
         self, model: nnx.Module, config: Any, tokenizer: Any, stop: Sequence[int], *,
         longest: int, tokens: int, batch: int, mesh: Mesh,
     ):  # fmt: skip
-        self.stop, self.tokens, self.batch, self.mesh = stop, tokens, batch, mesh
+        self.stop, self.tokens, self.mesh = stop, tokens, mesh
+        parts = mesh.shape["fsdp"]  # over which tunix divides the prompts
+        self.batch = -(-batch // parts) * parts
         heads = config.num_layers, config.num_kv_heads, config.head_dim
         cache = CacheConfig(_power_of_2(longest) + tokens, *heads)
         self.sampler = MeshSampler(mesh, model, Tokens(tokenizer), cache)
