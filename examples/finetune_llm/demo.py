@@ -76,7 +76,7 @@ def prepare(options: Options) -> Options:
     """
     size = QUICK if options.quick else FULL
     base, data = options.output / "base", options.output / "data"
-    if not base.exists():
+    if options.model is None and not base.exists():
         options.output.mkdir(parents=True, exist_ok=True)
         begun = base.with_name("base.unfinished")
         shutil.rmtree(begun, ignore_errors=True)

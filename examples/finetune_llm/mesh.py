@@ -18,8 +18,9 @@ FORM = "--mesh has the form fsdp=8,tensor=4"
 
 def join_processes(options: Options) -> None:
     """Connects to the other processes, if the command line says that there are any."""
-    if options.cpu_devices:
+    if options.cpu_devices or options.topology:  # for which nothing is run
         jax.config.update("jax_platforms", "cpu")
+    if options.cpu_devices:
         jax.config.update("jax_num_cpu_devices", options.cpu_devices)
     if options.coordinator:
         jax.distributed.initialize(

@@ -1,5 +1,7 @@
 """The plan of a run: its own step, compiled for its mesh with shapes for arrays."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,8 +28,17 @@ from examples.finetune_llm.plan import (
 from examples.finetune_llm.step import ROWS, Run, loss_and_count, make_step, split
 
 
-def plan_of(options: Options, spec: models.Spec, mesh: Mesh) -> Plan:
+def plan_of(
+    options: Options, spec: models.Spec, mesh: Mesh, activations: bool = True
+) -> Plan:
     """Compiles a step of the run that the options describe.
+
+    Args:
+      options: Of the run.
+      spec: Of its model.
+      mesh: Its mesh.
+      activations: Whether to tell them from temporaries, for which the forward pass is
+        compiled alone.
 
     Raises:
       Refused: The compiler says that a device has too little memory.
@@ -57,13 +68,30 @@ def plan_of(options: Options, spec: models.Spec, mesh: Mesh) -> Plan:
         return loss_and_count(spec, model, batch)[0]
 
     part = abstract_batch(options.batch // options.accumulate, options.length, mesh)
-    with mesh:
+    with mesh, first_devices_of(mesh):
         compiled = compile_step(step, run, parts.frozen, batch)
-        kept = kept_for_backward(loss_fn, parts.trainable, parts.frozen, part)
+        kept = 0
+        if activations:
+            kept = kept_for_backward(loss_fn, parts.trainable, parts.frozen, part)
     return make_plan(
         compiled, kept, parameters=parts.frozen, adapters=run.trainable,
         optimizer=run.opt_state, batch=batch,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def first_devices_of(mesh: Mesh) -> Iterator[None]:
+    """Lets `jax.devices` be the mesh's, which may be a topology's.
+
+    tunix asks the first device whether to say how activations are divided: on CPUs it
+    does not, and a CPU is what compiles for a topology.
+    """
+    before = jax.devices
+    jax.devices = lambda *_: list(mesh.devices.flat)
+    try:
+        yield
+    finally:
+        jax.devices = before
 
 
 def abstract_run(trainable: Any, tx: Any, mesh: Mesh) -> Run:
@@ -117,5 +145,7 @@ def plan_run(options: Options, spec: models.Spec, mesh: Mesh, console: Console) 
 def check_memory(options: Options, spec: models.Spec, mesh: Mesh) -> None:
     """Refuses a run that does not fit, where the memory of a device is known."""
     limit = device_memory(mesh.local_mesh.devices.flat[0], options.memory)
-    if limit is not None:
+    if limit is None:
+        return
+    if plan_of(options, spec, mesh, activations=False).total > limit:
         check_plan(plan_of(options, spec, mesh), limit)

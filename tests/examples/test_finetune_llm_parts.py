@@ -38,6 +38,13 @@ def test_the_command_line_is_before_the_preset_and_that_before_the_defaults():
     assert parse("--rates", "1e-3", "3e-4").rates == (1e-3, 3e-4)
 
 
+def test_the_demo_sweeps_unless_one_rate_is_asked_for():
+    assert len(parse("--demo", files=[]).rates) > 1
+    one = parse("--demo", "--quick", "--rate", "0.01", files=[])
+    assert (one.rate, one.rates, one.steps) == (0.01, (), 20)
+    assert one.settings() != parse("--demo", "--rate", "0.01", files=[]).settings()
+
+
 def test_presets_have_only_options_and_say_where_they_are_from():
     names = {field.name for field in dataclasses.fields(options.Options)}
     for preset in presets.PRESETS.values():
