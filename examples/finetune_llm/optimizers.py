@@ -7,8 +7,6 @@ import optax
 
 from lorapro_jax import lora_rite, lorapro, lorapro_adamw
 
-Optimizer = optax.GradientTransformation
-
 
 def schedule(rate: Any, steps: int, warmup: float) -> optax.Schedule:
     """Linear warm-up, then a cosine that is 0 after the last step.
@@ -26,7 +24,7 @@ def schedule(rate: Any, steps: int, warmup: float) -> optax.Schedule:
     return lambda count: rate * shape(count)
 
 
-def _clipped(max_grad_norm: float | None, *rest: Optimizer) -> Optimizer:
+def _clipped(max_grad_norm: float | None, *rest: Any) -> Any:
     """Clips the gradients of all factors by their common norm before the rest."""
     clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
     return optax.chain(*clip, *rest)
@@ -52,7 +50,7 @@ def _lorapro_adamw(rate, decay, norm, pairs):
     return lorapro_adamw(rate, weight_decay=decay, max_grad_norm=norm, **pairs)
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lora": _lora,
     "lora_nesterov": _lora_nesterov,
     "lora_rite": _lora_rite,
@@ -68,7 +66,7 @@ def new_optimizer(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = None,
     pair_options: Mapping[str, Any],
-) -> Optimizer:
+) -> optax.GradientTransformation:
     """One of `OPTIMIZERS`.
 
     Args:

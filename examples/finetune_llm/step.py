@@ -141,7 +141,7 @@ def make_step(
         metrics = Metrics(loss, count, optax.tree.norm(grads))
         return Run(trainable, opt_state, run.step + 1), metrics
 
-    options = {}
+    where = None
     if out_shardings is not None:
-        options["out_shardings"] = out_shardings, NamedSharding(mesh, P())
-    return jax.jit(step, donate_argnums=0, **options)
+        where = out_shardings, NamedSharding(mesh, P())
+    return jax.jit(step, donate_argnums=0, out_shardings=where)

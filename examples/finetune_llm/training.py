@@ -73,10 +73,9 @@ def abstract_run(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh) -
     like = {tuple(path): x for path, x in jax.tree.leaves_with_path(trainable)}
 
     def place(path, x):
-        owners = (like.get(tuple(path[i:])) for i in range(len(path)))
-        owner = next((y for y in owners if y is not None), None)
-        same = owner is not None and owner.shape == x.shape
-        where = owner.sharding if same else NamedSharding(mesh, P())
+        owners = [like[y] for i in range(len(path)) if (y := tuple(path[i:])) in like]
+        same = [owner.sharding for owner in owners if owner.shape == x.shape]
+        where = same[0] if same else NamedSharding(mesh, P())
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     new = lambda trainable: Run(trainable, tx.init(trainable), jnp.int32(0))
@@ -89,8 +88,8 @@ def share_of_process(mesh: Mesh, rows: int) -> tuple[int, int]:
 
     Processes that hold the same rows, because only "tp" divides them, share a share.
     """
-    held = NamedSharding(mesh, ROWS).addressable_devices_indices_map((rows,)).values()
-    bounds = [index[0].indices(rows)[:2] for index in held]
+    held: Any = NamedSharding(mesh, ROWS).addressable_devices_indices_map((rows,))
+    bounds = [index[0].indices(rows)[:2] for index in held.values()]
     first, last = min(x for x, _ in bounds), max(x for _, x in bounds)
     return first // (last - first), rows // (last - first)
 
@@ -140,7 +139,8 @@ def fit(
       accumulate: Parts that a batch is computed in, one after the other.
       trains: Filter of what is trained.
       folder: Of the checkpoints; None for none.
-      save_every: Steps between checkpoints; the last step is saved, too.
+      save_every: Steps between checkpoints; the last step is saved, too, and alone
+        with 0.
       settings: What a checkpoint must have been made with to go on from it, as JSON.
       report: Called for every step k = 1, 2, … in order, with the metrics `loss`,
         `tokens`, `gradient_norm` and `seconds`.
@@ -164,6 +164,7 @@ def fit(
         examples, batch=batch, length=length, seed=seed, packing=packing,
         process_index=index, process_count=count,
     )  # fmt: skip
+    save_every = save_every or steps
     with Saver(folder, save_every, steps, settings or {}) as saver, mesh:
         run = saver.resume(run)
         before = int(run.step)
@@ -191,7 +192,8 @@ class Reporter:
     """Reads a step's metrics when the next one has begun: the device need not wait."""
 
     def __init__(self, report: Callable[[int, dict[str, float]], None]):
-        self.report, self.waiting = report, None
+        self.report = report
+        self.waiting: tuple[int, Metrics] | None = None
         self.begun = time.perf_counter()
 
     def __call__(self, step: int, metrics: Metrics) -> None:

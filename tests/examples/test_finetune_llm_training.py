@@ -451,8 +451,8 @@ def test_accumulation_of_parts_is_the_gradient_of_the_whole(made):
 
     for parts in (2, 4):
         assert_close(gradient_of(made, batch, parts), whole)
-    parts = [packing.Batch(*(x[i::2] for x in batch)) for i in (0, 1)]
-    halves = [gradient_of(made, part) for part in parts]
+    divided = [packing.Batch(*(x[i::2] for x in batch)) for i in (0, 1)]
+    halves = [gradient_of(made, part) for part in divided]
     assert halves[0][1] < halves[1][1] / 5
     mean = jax.tree.map(lambda x, y: (x + y) / 2, halves[0][2], halves[1][2])
     assert apart(mean, whole[2]) > 1e-2  # control: the mean of means
@@ -565,8 +565,8 @@ def assert_same_run(found, wanted):
     """Within rounding: float32, six steps, sums in another order."""
     assert_close(found.factors, wanted.factors, 4096)
     steps = range(1, tiny_lm.STEPS + 1)
-    losses = [[x.losses[i] for i in steps] for x in (found, wanted)]
-    np.testing.assert_allclose(*losses, rtol=512 * EPS)
+    for i in steps:
+        np.testing.assert_allclose(found.losses[i], wanted.losses[i], rtol=512 * EPS)
     np.testing.assert_allclose(found.validation, wanted.validation, rtol=512 * EPS)
     assert found.texts == wanted.texts
 
