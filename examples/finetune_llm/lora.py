@@ -1,4 +1,9 @@
-"""LoRA by qwix on some kernels of a model, with a base that is quantised or not."""
+"""LoRA by qwix on some kernels of a model, with a base that is quantised or not.
+
+In four bits, 64 weights along the inputs share a scale, which is not quantised itself;
+in `o_proj` of attention, 64 of each of the heads do, as qwix cuts the last input axis
+alone. In eight bits there is one scale an output.
+"""
 
 import math
 import re

@@ -248,6 +248,32 @@ def test_the_config_of_gemma_3_4b_is_read(tmp_path):
     assert (found.num_embed, found.vision_config) == (262_208, None)
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_logits_with_a_cache_are_those_without(folder_of, name):
+    """As tunix's sampler calls a model: 30 tokens, then one by one."""
+    spec = models.read_spec(folder_of(name))
+    model, c = models.load(spec, None, jnp.float32), spec.model_config
+    shape = (len(TEXT), LENGTH, c.num_kv_heads, c.head_dim)
+    layer = {"k": jnp.zeros(shape), "v": jnp.zeros(shape)}
+    layer["end_index"] = jnp.zeros(len(TEXT), jnp.int32)
+    cache = {f"layer_{i}": layer for i in range(c.num_layers)}
+    want, graph, state = logits_of(spec, model), *nnx.split(model)
+    whole = np.tril(np.ones((len(TEXT), LENGTH, LENGTH), bool))
+
+    @jax.jit
+    def run(state, tokens, positions, cache, mask):
+        with jax.default_matmul_precision("highest"):
+            return nnx.merge(graph, state)(tokens, positions, cache, mask)
+
+    done = 0
+    for end in (30, 31, 32, 33):
+        at = slice(done, end)
+        positions = np.tile(np.arange(done, end, dtype=np.int32), (len(TEXT), 1))
+        got, cache = run(state, TEXT[:, at], positions, cache, whole[:, at])
+        assert distance(np.asarray(got), want[:, at]) < 1e-5, end
+        done = end
+
+
 # On a mesh
 
 
@@ -378,13 +404,16 @@ def test_peft_and_transformers_compute_what_the_adapted_model_does(
     assert distance(outputs_of(wrong, TEXT), logits_of(spec, model)) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
-def test_remat_changes_no_gradient(folder_of, name):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("llama", "nf4"), ("qwen2", None), ("qwen3", None), ("gemma3", "int8")],
+)
+def test_remat_changes_no_gradient(folder_of, name, kind):
     found = []
     for remat in (False, True):
         spec = models.read_spec(folder_of(name), remat=remat)
         base = models.load(spec, None, jnp.float32)
-        model = adapters.add_lora(spec, base, None, **LORA)
+        model = adapters.add_lora(spec, base, None, quantise=kind, **LORA)
         draw(model)
         graph, factors, frozen = nnx.split(model, nnx.LoRAParam, ...)
 
@@ -398,6 +427,7 @@ def test_remat_changes_no_gradient(folder_of, name):
 
         text = str(jax.make_jaxpr(jax.grad(loss))(factors))
         found.append((jax.jit(jax.grad(loss))(factors), "remat" in text))
+        assert all(np.abs(x).max() > 1e-4 for x in jax.tree.leaves(found[-1][0]))
     (plain, _), (again, _) = found
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), plain, again)
     assert [x[1] for x in found] == [False, True]
