@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,6 @@ class Job:
 
     def __init__(self, options: Options, inputs: Inputs, console: Console):
         self.options, self.inputs, self.console = options, inputs, console
-        self.begun = time.perf_counter()
         self.settings = options.settings() | {"steps": inputs.steps}
         self.measure = perplexity(
             inputs.spec, inputs.validation, mesh=inputs.mesh, batch=options.batch,
@@ -117,8 +115,7 @@ class Job:
             save_picture(output / PICTURE, runs, pairs)
             result["sweep"] = [[x.rate, x.loss] for x in swept]
             write_json(output / "result.json", result)
-            seconds = time.perf_counter() - self.begun
-            self.console.print(f"{output / PICTURE}: the picture; {seconds:.0f} s")
+            self.console.print(f"{output / PICTURE}: the picture")
 
     def train(self, rate: float, folder: Path) -> float:
         """One run from the start of the factors on; its loss on validation data.

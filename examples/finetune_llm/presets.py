@@ -60,7 +60,7 @@ DEMO = {
     "rank": 8,
     "alpha": 16.0,
     "dtype": "float32",
-    "rates": (1e-3, 3e-3, 1e-2),
+    "rates": (3e-3, 1e-2, 3e-2),
     "steps": 80,
     "batch": 16,
     "length": 128,
