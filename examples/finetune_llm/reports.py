@@ -126,9 +126,12 @@ def save_picture(
     left.legend()
     if sweep:
         rates, losses = zip(*sweep, strict=True)
-        axes[0, 1].plot(rates, losses, "o-")
-        axes[0, 1].set(
+        right = axes[0, 1]
+        right.plot(rates, losses, "o-")
+        right.set(
             xscale="log", xlabel="peak learning rate", ylabel="validation loss, nats"
         )
+        right.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        right.minorticks_off()
     figure.savefig(path, dpi=110)
     plt.close(figure)
