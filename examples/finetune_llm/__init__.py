@@ -1,0 +1,1 @@
+"""Fine-tunes a language model from its Hugging Face folder."""
