@@ -209,7 +209,7 @@ def save_picture(results, path):
     distance.set(title="distance of E to the full gradient G", xlabel="step")
     distance.set(ylabel="‖E - G‖ / ‖G‖")
     test.legend()
-    distance.legend(ncols=2, fontsize=8)
+    distance.legend(ncols=2, fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.62))
     figure.supxlabel(CAPTION, fontsize=8, x=0.02, ha="left")
     figure.savefig(path, dpi=110)
 
