@@ -50,12 +50,19 @@ def _lorapro_adamw(rate, decay, norm, pairs):
     return lorapro_adamw(rate, weight_decay=decay, max_grad_norm=norm, **pairs)
 
 
+def _lorapro_adamw_nesterov(rate, decay, norm, pairs):
+    return lorapro_adamw(
+        rate, weight_decay=decay, max_grad_norm=norm, nesterov=True, **pairs
+    )
+
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lora": _lora,
     "lora_nesterov": _lora_nesterov,
     "lora_rite": _lora_rite,
     "lorapro": _lorapro,
     "lorapro_adamw": _lorapro_adamw,
+    "lorapro_adamw_nesterov": _lorapro_adamw_nesterov,
 }
 
 

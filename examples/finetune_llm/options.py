@@ -17,6 +17,7 @@ OPTIMIZERS = (
     "lora_rite",
     "lorapro",
     "lorapro_adamw",
+    "lorapro_adamw_nesterov",
 )
 STARTS = ("lora", "lora_ga", "gora", "lora_one", "pissa", "olora")
 # What may be another when a run goes on: where it is computed, what is looked at.
@@ -78,8 +79,10 @@ class Options:
         "adapters", None, "a quantised base", type=str, choices=("nf4", "int8")
     )
 
-    optimizer: str = option("training", "lorapro_adamw", "by name", choices=OPTIMIZERS)
-    rate: float = option("training", 1e-4, "peak learning rate")
+    optimizer: str = option(
+        "training", "lorapro_adamw_nesterov", "by name", choices=OPTIMIZERS
+    )
+    rate: float = option("training", 2e-5, "peak learning rate")
     rates: tuple[float, ...] = option(
         "training", (), "a sweep; the best on validation is kept", type=float, nargs="+"
     )

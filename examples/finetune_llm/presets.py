@@ -35,7 +35,7 @@ PRESETS = {
         "PEFT's comparison of methods on MetaMathQA with meta-llama/Llama-3.2-3B: "
         "https://github.com/huggingface/peft/tree/main/method_comparison/MetaMathQA",
     ),
-    # The experiments on Llama-2-7B, section 4 and the appendix on settings.
+    # The experiments on Llama-2-7B.
     "lora-pro": Preset(
         {
             "rank": 8,
