@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ..algebra._coefficients import Gauge
-from ..algebra._factors import Both
+from ..algebra._factors import Both, Factor
 from ..algebra._linalg import Norm, matmul, root
 from ..algebra._solves import Solves, swapped
 from ..algebra._stack import Stack
@@ -39,7 +39,8 @@ class MeanTerms(NamedTuple):
     Attributes:
       gradient: On g.
       factor: On F.
-      former: On F⁻. These three come out in the mean's unit.
+      former: On F⁻, to be multiplied with the factors' unit. These three come out in
+        the mean's unit.
       mean: On μ.
       newest: What of g and of F comes beside the mean in the direction, or None.
     """
@@ -69,7 +70,7 @@ class StepTerms(NamedTuple):
     """What the arrays are multiplied with for the step: `Product`s, then matrices.
 
     Attributes:
-      mean: On the mean, to be weighted by q or p.
+      mean: On the mean, to be weighted by q or p, and by what the mean counts.
       factor: On F, to be weighted too.
       rest: On F, as it is. This and the last come out in the unit of steps.
     """
@@ -171,7 +172,7 @@ class Composed(NamedTuple):
         means = MeanTerms(
             gradient=by_other((1 - keep) * share * on_g),
             factor=on_f((1 - keep) * share * new + old * carried),
-            former=by_other(old * units.factors * self.rows[1]),
+            former=by_other(old * self.rows[1]),
             mean=by_other(keep * self.rows[0]),
             newest=newest,
         )
@@ -207,7 +208,7 @@ class Composed(NamedTuple):
         by_other = lambda x: Product(swapped(bases.vectors), x)
         solved = lambda x: solves.solve(bases.turn_rows(x))
         return StepTerms(
-            mean=by_other(average * solved(on_mean)),
+            mean=by_other(solved(on_mean)),
             factor=by_other(unit * solved(on_factor)),
             rest=by_other(unit * matmul(tangent.on_factor, bases.vectors.mT)),
         )
@@ -216,21 +217,25 @@ class Composed(NamedTuple):
 Terms = TypeVar("Terms", MeanTerms, SumTerms, StepTerms)
 
 
-def delivered(stack: Stack, terms: Terms) -> list[Both[Terms]]:
-    """The matrices of each pair, `(*batch, r, r)`.
+def delivered(stack: Stack, terms: Terms) -> list[Terms]:
+    """The matrices of each pair, `(2, *batch, R, R)`, padded; see `of_sides`.
 
     One product for each of them, and not one for all: then XLA has one program for the
     slices of all; see `Stack.products`.
     """
     is_product = lambda x: isinstance(x, Product)
-    products = jax.tree.leaves(terms, is_leaf=is_product)
-    treedef = jax.tree.structure(terms, is_leaf=is_product)
+    products, treedef = jax.tree.flatten(terms, is_leaf=is_product)
+    found = zip(*(stack.products(*x) for x in products), strict=True)
+    return [jax.tree.unflatten(treedef, each) for each in found]
 
-    def of(side: int) -> list[Terms]:
-        found = [stack.products(x.basis[side], x.turned[side]) for x in products]
-        return [
-            jax.tree.unflatten(treedef, [x[..., :rank, :rank] for x in each])
-            for rank, each in zip(stack.ranks, zip(*found, strict=True), strict=True)
-        ]
 
-    return [Both(*x) for x in zip(of(0), of(1), strict=True)]
+def of_sides(terms: Terms, pair: Both[Factor]) -> Both[Terms]:
+    """Those of A and of B, `(*batch, r, r)`, in the dtype of the factors."""
+    rank = pair.a.rank
+
+    def of(side: int) -> Terms:
+        cut = lambda x: x[side, ..., :rank, :rank].astype(pair.a.dtype)
+        result: Terms = jax.tree.map(cut, terms)
+        return result
+
+    return Both(of(0), of(1))

@@ -26,8 +26,8 @@ from ..algebra._solves import Bases, Solves, swapped
 from ..algebra._spectra import Spectra
 from ..algebra._stack import Stack
 from ..transforms._clip import Clip
-from ._combined import StepArrays, in_dtype_of, means_of, sums_of
-from ._composed import Composed, delivered
+from ._combined import StepArrays, means_of, sums_of
+from ._composed import Composed, MeanTerms, SumTerms, delivered, of_sides
 from ._damping import damping_of_square
 from ._grams import Grams, MomentUnits, Units, joined
 from ._moments import copied, copied_after, decayed, estimate, unbiased
@@ -93,35 +93,26 @@ class FactoredAdam(NamedTuple):
         kept, dtype = composed.kept(factor), grams.own.dtype
 
         average, ahead = estimate(self.b1, count, dtype, nesterov=self.nesterov)
+        counts = average if ahead is None else jnp.ones((), dtype)
         moments = [x.clipped(factor) for x in units]
         all_moments = joined(stack, moments)
         found = composed.moments(kept, all_moments, self.b1, ahead)
         on_means, on_sums = delivered(stack, found[0]), delivered(stack, found[1])
-        new, arrays = [], []
-        for (pair, old), unit, size, on_mean, on_sum in zip(
+        decays = self.b2, self.eps, count
+        new, arrays, products = [], [], []
+        for (pair, old), unit, size, *terms in zip(
             each, units, moments, on_means, on_sums, strict=True
         ):
-            of_mean, of_sums = in_dtype_of(pair, (on_mean, on_sum))
-            mean, newest = means_of(pair, old.mu, old.factors, unit, size, of_mean)
-            nu = decayed(old.nu, sums_of(pair, unit, size, of_sums), self.b2)
-            # From here on the copy is read, and the factors themselves no more: or XLA
-            # would copy them again for the update that takes their place.
-            kept_factors = copied_after(pair, mean)
-            new.append(FactoredMoments(mean, nu, kept_factors))
-            diagonals = self._diagonals(pair, nu, count, size)
-            if newest is not None:
-                mean = mean.map(lambda x, y: times(average, x) + y, newest)
-            arrays.append(StepArrays(kept_factors, mean, diagonals, unit))
+            numbers = unit, size, decays, average, counts
+            found = _moments(pair, old, *terms, *numbers)
+            for x, y in zip((new, arrays, products), found, strict=True):
+                x.append(y)
 
-        weighted = stack.join([x.products() for x in arrays])
         root = self._root_mean(stack, pairs, composed, kept, count)
         root = root / all_moments.mean / all_moments.mean
-        counts = average if ahead is None else jnp.ones((), dtype)
+        weighted = stack.join(products)
         last = delivered(stack, composed.steps(weighted, root, counts, self.gauge))
-        steps = [
-            x.step(in_dtype_of(pair, terms))
-            for x, pair, terms in zip(arrays, pairs, last, strict=True)
-        ]
+        steps = [x.step(terms) for x, terms in zip(arrays, last, strict=True)]
         return steps, new, factor
 
     def _composed(
@@ -162,21 +153,58 @@ class FactoredAdam(NamedTuple):
         mean = unbiased(mean, self.b2, count) + jnp.asarray(self.eps, dtype) ** 2
         return jnp.where(jnp.isposinf(mean), 0, jnp.sqrt(mean))
 
-    def _diagonals(
-        self, pair: PairArrays, nu: Both[Factor], count: jax.Array, size: MomentUnits
-    ) -> Both[Factor]:
-        """Thin diagonals q and p: p_i q_j · `_root_mean` is 1/√V_ij of a rank-one V.
 
-        They are times the unit of the mean, so that they are about 1.
+@jax.jit  # traced once for all pairs that are alike
+def _moments(
+    pair: PairArrays,
+    old: FactoredMoments,
+    on_means: MeanTerms,
+    on_sums: SumTerms,
+    unit: Units,
+    size: MomentUnits,
+    decays: tuple[ArrayLike, ArrayLike, jax.Array],
+    average: jax.Array,
+    counts: jax.Array,
+) -> tuple[FactoredMoments, StepArrays, jax.Array]:
+    """The second time over the arrays of one pair: its moments.
 
-        ε² joins V before its reconstruction, so that the result is an outer product;
-        where Adam has 1/(√V + ε), this is at most √2 times as large.
-        """
-        floor = jnp.asarray(self.eps, pair.dtype) ** 2
-        counts = Both(pair.b.feature_count, pair.a.feature_count)
+    And what the step is made of, and the products that the direction is known by.
+    """
+    terms, b2 = of_sides((on_means, on_sums), pair.factors), decays[0]
+    of_mean, of_sums = (Both(*x) for x in zip(*terms, strict=True))
+    mean, newest = means_of(pair, old.mu, old.factors, unit, size, of_mean)
+    nu = decayed(old.nu, sums_of(pair, unit, size, of_sums), b2)
+    # From here on the copy is read, and the factors themselves no more: or XLA would
+    # copy them again for the update that takes their place.
+    factors = copied_after(pair, mean)
+    new = FactoredMoments(mean, nu, factors)
+    diagonals = _diagonals(pair, nu, size, *decays)
+    if newest is not None:
+        mean = mean.map(lambda x, y: times(average, x) + y, newest)
+    arrays = StepArrays(factors, mean, diagonals, unit, counts)
+    return new, arrays, arrays.products()
 
-        def diagonal(x: Factor, number: int) -> Factor:
-            mean = x.map(lambda y: unbiased(y / number, self.b2, count) + floor)
-            return times(size.mean, mean.map(lambda y: reciprocal(jnp.sqrt(y))))
 
-        return nu.map(diagonal, counts)
+def _diagonals(
+    pair: PairArrays,
+    nu: Both[Factor],
+    size: MomentUnits,
+    b2: ArrayLike,
+    eps: ArrayLike,
+    count: jax.Array,
+) -> Both[Factor]:
+    """Thin diagonals q and p: p_i q_j · `_root_mean` is 1/√V_ij of a rank-one V.
+
+    They are times the unit of the mean, so that they are about 1.
+
+    ε² joins V before its reconstruction, so that the result is an outer product; where
+    Adam has 1/(√V + ε), this is at most √2 times as large.
+    """
+    floor = jnp.asarray(eps, pair.dtype) ** 2
+    counts = Both(pair.b.feature_count, pair.a.feature_count)
+
+    def diagonal(x: Factor, number: int) -> Factor:
+        mean = x.map(lambda y: unbiased(y / number, b2, count) + floor)
+        return times(size.mean, mean.map(lambda y: reciprocal(jnp.sqrt(y))))
+
+    return nu.map(diagonal, counts)
