@@ -87,12 +87,12 @@ class Stack(NamedTuple):
             batches = self.batches[i : i + _CHUNK]
             chunk = slice(ends[i], ends[i + len(batches)])
             product = matmul(left[:, chunk], right[:, chunk])
-            parts = jnp.split(product, np.cumsum(counts[i : i + _CHUNK])[:-1], axis=1)
-            products += [
-                part.reshape(2, *batch, *product.shape[2:])
-                for part, batch in zip(parts, batches, strict=True)
-            ]
+            products += _split_sides(product, batches)
         return products
+
+    def split_sides(self, stack: jax.Array) -> list[jax.Array]:
+        """`(2, N, ...)` divided: `(2, *batch_i, ...)` for each pair."""
+        return _split_sides(stack, self.batches)
 
 
 def stack_square(matrices: Sequence[jax.Array]) -> jax.Array:
@@ -114,6 +114,15 @@ def split_batches(stack: jax.Array, batches: Sequence[Shape]) -> list[jax.Array]
     parts = jnp.split(stack, np.cumsum(counts)[:-1])
     return [
         part.reshape(*batch, *stack.shape[1:])
+        for part, batch in zip(parts, batches, strict=True)
+    ]
+
+
+def _split_sides(stack: jax.Array, batches: Sequence[Shape]) -> list[jax.Array]:
+    counts = [math.prod(batch) for batch in batches]
+    parts = jnp.split(stack, np.cumsum(counts)[:-1], axis=1)
+    return [
+        part.reshape(2, *batch, *stack.shape[2:])
         for part, batch in zip(parts, batches, strict=True)
     ]
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from ..algebra._factors import Both, Factor, PairArrays, Step
 from ..algebra._products import apply, contract, over, times
 from ..algebra._sharding import replicated
-from ._composed import MeanTerms, StepTerms, SumTerms, of_sides
+from ._composed import MeanTerms, StepTerms, SumTerms
+from ._delivered import of_sides
 from ._grams import MomentUnits, Units
 
 
@@ -27,15 +28,18 @@ def means_of(
     scale = unit.step * size.mean
 
     # Units of matrices that nothing else is done with come here: then XLA takes them
-    # of the stack in one kernel on a GPU.
+    # of the stack in one kernel on a GPU. That of the mean makes it only larger: what
+    # is below the smallest number is lost.
+    up = jnp.maximum(1 / size.mean, 1)
+
     def mean(x: Factor, g: Factor, mu: Factor, old: Factor, on: MeanTerms) -> Factor:
         if not x.trains:
             return x.map(jnp.zeros_like)
         old, mu = old.astype(x.dtype), mu.astype(x.dtype)
         on_former = over(unit.factors, on.former) * on.former
-        on_mean = over(1 / size.mean, on.mean) * on.mean
+        on_mean = over(up, on.mean) * on.mean
         new = apply(on.gradient, g) + apply(on.factor, x) + apply(on_former, old)
-        return times(size.mean, apply(on_mean, mu)) + times(scale, new)
+        return times(1 / up, apply(on_mean, mu)) + times(scale, new)
 
     def newest(x: Factor, g: Factor, on: MeanTerms) -> Factor:
         if on.newest is None or not x.trains:

@@ -6,31 +6,18 @@ of Gram matrices, and only then the arrays are read again. All is in the bases, 
 the axis of two sides, of `_solves`, and in the units of `Grams`.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ..algebra._coefficients import Gauge
-from ..algebra._factors import Both, Factor
 from ..algebra._linalg import Norm, matmul, root
 from ..algebra._solves import Solves, swapped
-from ..algebra._stack import Stack
+from ._delivered import Product
 from ._grams import Grams, MomentUnits, Units
 from ._tangent import Energies, Tangent
-
-
-class Product(NamedTuple):
-    """A matrix of all pairs as the product that it is, `(2, N, R, R)` each.
-
-    Attributes:
-      basis: Eigenvectors.
-      turned: The matrix with its rows in that basis.
-    """
-
-    basis: jax.Array
-    turned: jax.Array
 
 
 class MeanTerms(NamedTuple):
@@ -212,30 +199,3 @@ class Composed(NamedTuple):
             factor=by_other(unit * solved(on_factor)),
             rest=by_other(unit * matmul(tangent.on_factor, bases.vectors.mT)),
         )
-
-
-Terms = TypeVar("Terms", MeanTerms, SumTerms, StepTerms)
-
-
-def delivered(stack: Stack, terms: Terms) -> list[Terms]:
-    """The matrices of each pair, `(2, *batch, R, R)`, padded; see `of_sides`.
-
-    One product for each of them, and not one for all: then XLA has one program for the
-    slices of all; see `Stack.products`.
-    """
-    is_product = lambda x: isinstance(x, Product)
-    products, treedef = jax.tree.flatten(terms, is_leaf=is_product)
-    found = zip(*(stack.products(*x) for x in products), strict=True)
-    return [jax.tree.unflatten(treedef, each) for each in found]
-
-
-def of_sides(terms: Terms, pair: Both[Factor]) -> Both[Terms]:
-    """Those of A and of B, `(*batch, r, r)`, in the dtype of the factors."""
-    rank = pair.a.rank
-
-    def of(side: int) -> Terms:
-        cut = lambda x: x[side, ..., :rank, :rank].astype(pair.a.dtype)
-        result: Terms = jax.tree.map(cut, terms)
-        return result
-
-    return Both(of(0), of(1))
