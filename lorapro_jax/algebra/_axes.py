@@ -21,6 +21,11 @@ class FactorAxes(NamedTuple):
         """The feature axes of a factor with `ndim` axes."""
         return tuple(x for x in range(ndim) if x != self.rank and x not in self.batch)
 
+    @property
+    def rank_among_batch(self) -> int:
+        """Where the rank axis is when there are no feature axes."""
+        return sum(axis < self.rank for axis in self.batch)
+
     def feature_count(self, shape: Shape) -> int:
         """The product of the feature sizes: n of an A, m of a B, of this shape."""
         return math.prod(shape[axis] for axis in self.features(len(shape)))

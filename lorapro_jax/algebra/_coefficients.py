@@ -88,8 +88,8 @@ def coefficients(
     # Half of 1/s² here, half behind the skinny products: their product may overflow.
     size = blocks.shape[-2]
     halves = jnp.where(np.arange(2 * size) < size, on_grad, on_factor)
-    bases = jnp.stack([spectra.b.vectors, spectra.a.vectors], axis=1)
-    parts = stack.products(bases, halves[:, None] * blocks)
+    bases = jnp.stack([spectra.b.vectors, spectra.a.vectors])
+    parts = stack.products(bases, halves * blocks)
     dtypes = [x.dtype for x in weights]
     return [_of_pair(*x) for x in zip(parts, stack.ranks, dtypes, strict=True)]
 
@@ -103,7 +103,7 @@ def _blocks(
     cross: jax.Array,
     e: jax.Array,
 ) -> jax.Array:
-    """The formula's matrices without their first factors U and V: `(N, 2, R, 2 R)`.
+    """The formula's matrices without their first factors U and V: `(2, N, R, 2 R)`.
 
     The Grams are there for derivatives only.
     """
@@ -190,7 +190,7 @@ def _side_by_side(
     (_, u), (_, v) = eigen
     for_a = jnp.concatenate([of_b, -matmul(on.a, v.mT)], axis=-1)
     for_b = jnp.concatenate([of_a, -matmul(on.b.mT, u.mT)], axis=-1)
-    return jnp.stack([for_a, for_b], axis=1)
+    return jnp.stack([for_a, for_b])
 
 
 def _divided(on_a: jax.Array, on_b: jax.Array, gauge: Gauge) -> Both[jax.Array]:
@@ -204,10 +204,9 @@ def _divided(on_a: jax.Array, on_b: jax.Array, gauge: Gauge) -> Both[jax.Array]:
 
 
 def _of_pair(product: jax.Array, rank: int, dtype: jnp.dtype) -> Coefficients:
-    """From `(*batch, 2, R, 2 R)`, padded, A's above B's."""
+    """From `(2, *batch, R, 2 R)`, padded, A's before B's."""
     product = product.astype(dtype)
     size = product.shape[-2]
     of = lambda start: product[..., :rank, start : start + rank]
     on_gradient, on_factor = of(0), of(size)
-    both = lambda x: Both(x[..., 0, :, :], x[..., 1, :, :])
-    return Coefficients(both(on_gradient), both(on_factor))
+    return Coefficients(Both(*on_gradient), Both(*on_factor))

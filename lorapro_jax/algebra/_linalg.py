@@ -26,7 +26,7 @@ class Eigh(NamedTuple):
     vectors: jax.Array
 
 
-def eigh_psd(stack: jax.Array, sizes: np.ndarray) -> Eigh:
+def eigh_psd(stack: jax.Array, sizes: np.ndarray | jax.Array) -> Eigh:
     """Eigendecompositions of a `stack_square` of positive semi-definite matrices.
 
     One batched `eigh` for all, which is the fastest way on accelerators; see
@@ -38,7 +38,7 @@ def eigh_psd(stack: jax.Array, sizes: np.ndarray) -> Eigh:
 
     Args:
       stack: `(N, R, R)`, symmetric positive semi-definite up to rounding.
-      sizes: `(N,)` static integers, the size `r_i` of each matrix before padding.
+      sizes: `(N,)` integers, the size `r_i` of each matrix before padding.
 
     Returns:
       An `Eigh`. Padding shows as eigenvalue 0 with eigenvectors that vanish on
@@ -53,7 +53,7 @@ def eigh_psd(stack: jax.Array, sizes: np.ndarray) -> Eigh:
     # any: its eigenvectors cannot mix with the null space of the matrix itself. They
     # differ, because the derivative of `eigh` divides by their differences.
     size = stack.shape[-1]
-    missing = np.arange(size) >= np.asarray(sizes)[:, None]
+    missing = np.arange(size) >= sizes[:, None]
     padding = jnp.where(missing, 1 + jnp.arange(size, dtype=dtype)[None] / size, 0)
     matrices -= padding[:, :, None] * jnp.eye(size, dtype=dtype)[None]
 
@@ -84,7 +84,7 @@ def _batched_eigh(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, vectors
 
 
-def rounding_level(values: jax.Array, sizes: np.ndarray) -> jax.Array:
+def rounding_level(values: jax.Array, sizes: np.ndarray | jax.Array) -> jax.Array:
     """The size below which an eigenvalue is rounding noise, `(*batch, 1)`.
 
     It is measured: float32 Gram matrices show null spaces of up to 5 eps, relative to
@@ -93,9 +93,9 @@ def rounding_level(values: jax.Array, sizes: np.ndarray) -> jax.Array:
 
     Args:
       values: `(*batch, R)`, ascending.
-      sizes: `(*batch)` static, the size of each matrix.
+      sizes: `(*batch)`, the size of each matrix.
     """
-    roundings = np.maximum(8, np.asarray(sizes) / 4)[..., None]
+    roundings = jnp.maximum(8, jnp.asarray(sizes) / 4)[..., None]
     eps = jnp.finfo(values.dtype).eps
     return jnp.asarray(roundings, values.dtype) * eps * values[..., -1:]
 

@@ -18,10 +18,21 @@ def unit_of(both: Both[Factor]) -> jax.Array:
 
     Squares in this unit neither over- nor underflow, and it costs no accuracy.
     """
-    largest = both.map(
-        lambda x: replicated(jnp.abs(x.array).max(axis=(x.axes.rank, *x.features)))
-    )
-    return jax.lax.stop_gradient(power_of_two(jnp.maximum(*largest)))
+    (unit,) = units_of(both)
+    return unit
+
+
+def units_of(*pairs: Both[Factor]) -> list[jax.Array]:
+    """The `unit_of` of several that have the same rank and batch."""
+
+    def of_each_row(x: Factor) -> jax.Array:
+        largest = jnp.abs(x.array).max(axis=x.features)
+        return jnp.moveaxis(replicated(largest), x.axes.rank_among_batch, -1)
+
+    # First over the features alone: of that a GPU's compiler makes one kernel, and two
+    # of all at once.
+    rows = jnp.stack([jnp.maximum(*x.map(of_each_row)) for x in pairs])
+    return list(jax.lax.stop_gradient(power_of_two(rows.max(-1))))
 
 
 def beside(small: jax.Array, x: Factor) -> jax.Array:

@@ -68,10 +68,10 @@ class Solves(NamedTuple):
 
     Attributes:
       bases: The eigenbases.
-      e: The damping, `(N,)`.
+      e: The damping, `(1, N, 1, 1)`.
       inverses: The eigenvalues of (own + e)⁻¹, `(2, N, R)`.
-      weights: 1/d on the side of A, `(N, R, R)`; 0 where a factor lacks the direction:
-        there is no cross term, only rounding noise.
+      weights: 1/d on the side of A, `(1, N, R, R)`; 0 where a factor lacks the
+        direction: there is no cross term, only rounding noise.
       trains: Whether the factor of that side moves, `(2, N, 1, 1)`.
     """
 
@@ -83,13 +83,17 @@ class Solves(NamedTuple):
 
     @classmethod
     def of(
-        cls, bases: Bases, sizes: np.ndarray, e: jax.Array, trains: ArrayLike
+        cls,
+        bases: Bases,
+        sizes: np.ndarray | jax.Array,
+        e: jax.Array,
+        trains: ArrayLike,
     ) -> "Solves":
         """As `Bases` knows them.
 
         Args:
           bases: The eigenbases.
-          sizes: The size of each matrix, `(N,)`, static.
+          sizes: The size of each matrix, `(N,)`.
           e: The damping of each matrix, `(N,)`, in the units of the Gram matrices.
           trains: As above.
         """
@@ -99,7 +103,8 @@ class Solves(NamedTuple):
         mu, lam = bases.values[0][:, None, :], bases.values[1][:, :, None]
         lost = (at_a == 0) | (at_b == 0)
         weights = jnp.where(lost, 0, reciprocal(lam + mu + column[:, :, None]))
-        return cls(bases, e, inverses, weights, jnp.asarray(trains))
+        each = e[None, :, None, None]
+        return cls(bases, each, inverses, weights[None], jnp.asarray(trains))
 
     def solve(self, x: jax.Array) -> jax.Array:
         """(other + e)⁻¹ x for turned rows of other; 0 for a factor that stays."""
@@ -120,7 +125,7 @@ class Solves(NamedTuple):
         """
         at_a, at_b = self.bases.grams
         both = jnp.where(self.trains.all(0), cross, 0)
-        z = _sylvester(self.weights, at_b, at_a, self.e, both)
+        z = _sylvester(self.weights[0], at_b, at_a, self.e[0], both)
         return jnp.stack([z, z.mT])
 
 
@@ -151,7 +156,7 @@ def _solved_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (inverses, grams, _, x), (_, d_grams, d_e, d_x) = primals, tangents
     inverses = _constant(inverses, grams)[..., None]
     y = inverses * x
-    moved = matmul(d_grams, y) + d_e[None, :, None, None] * y
+    moved = matmul(d_grams, y) + d_e * y
     return _solved(*primals), inverses * (d_x - moved)
 
 
@@ -173,7 +178,7 @@ def _sylvester_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (weights, left, _, _, cross), (_, d_left, d_right, d_e, d_cross) = primals, tangents
     weights = _constant(weights, left)
     z = weights * cross
-    moved = matmul(d_left, z) + matmul(z, d_right) + d_e[:, None, None] * z
+    moved = matmul(d_left, z) + matmul(z, d_right) + d_e * z
     return _sylvester(*primals), weights * (d_cross - moved)
 
 

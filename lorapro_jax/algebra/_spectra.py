@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,21 @@ from ._sharding import replicated
 from ._stack import Stack, split_batches, stack_square
 
 
+class Sizes(NamedTuple):
+    """In place of a `Stack` where only a part of it is known.
+
+    Attributes:
+      sizes: The rank of each matrix, `(N,)`.
+    """
+
+    sizes: jax.Array | np.ndarray
+
+
 class Spectra(NamedTuple):
     """The Gram matrices of N pairs and layers in their eigenbases, as one stack.
 
     Attributes:
-      stack: Which pair's matrices are where; static.
+      stack: A `Stack`: which pair's matrices are where, static; or `Sizes`.
       units: `(*batch)` of each pair, the power of two that its factors were
         multiplied with.
       b: The decompositions BᵀB = U diag(λ) Uᵀ, `(N, R)` and `(N, R, R)`.
@@ -37,19 +47,17 @@ class Spectra(NamedTuple):
         all do at B = 0, while those of the results do.
     """
 
-    stack: Stack
+    stack: Any
     units: Sequence[jax.Array]
     b: Eigh
     a: Eigh
     grams: jax.Array
 
     @classmethod
-    def of(
-        cls, stack: Stack, units: Sequence[jax.Array], grams: jax.Array
-    ) -> "Spectra":
+    def of(cls, stack: Any, units: Sequence[jax.Array], grams: jax.Array) -> "Spectra":
         """From the Gram matrices in these units, with one `eigh`."""
         both = jax.lax.stop_gradient(grams).reshape(-1, *grams.shape[2:])
-        values, vectors = eigh_psd(both, np.tile(stack.sizes, 2))
+        values, vectors = eigh_psd(both, jnp.tile(stack.sizes, 2))
         (lam, mu), (u, v) = jnp.split(values, 2), jnp.split(vectors, 2)
         return cls(stack, units, Eigh(lam, u), Eigh(mu, v), grams)
 
@@ -82,7 +90,9 @@ def decompose(pairs: Sequence[PairArrays]) -> Spectra:
     return Spectra.of(stack, units, grams.reshape(2, -1, *grams.shape[1:]))
 
 
-def damped_inverse(values: jax.Array, e: jax.Array, sizes: np.ndarray) -> jax.Array:
+def damped_inverse(
+    values: jax.Array, e: jax.Array, sizes: np.ndarray | jax.Array
+) -> jax.Array:
     """1/(λ+e), and 0 for a lost direction that e is too small to bring back.
 
     There e is itself below the rounding noise of the Gram matrix and of what the

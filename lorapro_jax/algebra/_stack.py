@@ -18,7 +18,7 @@ from ._factors import PairArrays
 from ._linalg import matmul
 from ._sharding import replicated
 
-_CHUNK = 16
+_CHUNK = 8
 """Of pairs; see `Stack.products`."""
 
 
@@ -70,11 +70,15 @@ class Stack(NamedTuple):
         return [x[..., :r, :r] for x, r in zip(parts, self.ranks, strict=True)]
 
     def products(self, left: jax.Array, right: jax.Array) -> list[jax.Array]:
-        """`left @ right` of all matrices, divided: `(*batch_i, ...)` for each pair.
+        """`left @ right` of all matrices, divided: `(2, *batch_i, ...)` for each pair.
 
         In chunks of pairs, because XLA compiles equal programs once, and programs that
         read different places of an array differ. Those at one place of several arrays
         of a shape are equal, so a few dozen slices serve hundreds of pairs.
+
+        Args:
+          left: `(2, N, R, R)`, of both sides.
+          right: `(2, N, R, K)`.
         """
         counts = [math.prod(batch) for batch in self.batches]
         ends = [0, *itertools.accumulate(counts)]
@@ -82,8 +86,13 @@ class Stack(NamedTuple):
         for i in range(0, len(counts), _CHUNK):
             batches = self.batches[i : i + _CHUNK]
             chunk = slice(ends[i], ends[i + len(batches)])
-            products += split_batches(matmul(left[chunk], right[chunk]), batches)
+            product = matmul(left[:, chunk], right[:, chunk])
+            products += _split_sides(product, batches)
         return products
+
+    def split_sides(self, stack: jax.Array) -> list[jax.Array]:
+        """`(2, N, ...)` divided: `(2, *batch_i, ...)` for each pair."""
+        return _split_sides(stack, self.batches)
 
 
 def stack_square(matrices: Sequence[jax.Array]) -> jax.Array:
@@ -105,6 +114,15 @@ def split_batches(stack: jax.Array, batches: Sequence[Shape]) -> list[jax.Array]
     parts = jnp.split(stack, np.cumsum(counts)[:-1])
     return [
         part.reshape(*batch, *stack.shape[1:])
+        for part, batch in zip(parts, batches, strict=True)
+    ]
+
+
+def _split_sides(stack: jax.Array, batches: Sequence[Shape]) -> list[jax.Array]:
+    counts = [math.prod(batch) for batch in batches]
+    parts = jnp.split(stack, np.cumsum(counts)[:-1], axis=1)
+    return [
+        part.reshape(2, *batch, *stack.shape[2:])
         for part, batch in zip(parts, batches, strict=True)
     ]
 

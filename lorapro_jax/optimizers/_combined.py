@@ -3,24 +3,17 @@
 Functions of one pair, of its arrays and of the r×r matrices of `_composed`.
 """
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..algebra._factors import Both, Factor, PairArrays, Step
-from ..algebra._products import apply, contract, times
+from ..algebra._products import apply, contract, over, times
 from ..algebra._sharding import replicated
 from ._composed import MeanTerms, StepTerms, SumTerms
+from ._delivered import of_sides
 from ._grams import MomentUnits, Units
-
-T = TypeVar("T")
-
-
-def in_dtype_of(pair: PairArrays, terms: T) -> T:
-    """Matrices of a stack of all pairs in the dtype of one."""
-    result: T = jax.tree.map(lambda x: x.astype(pair.dtype), terms)
-    return result
 
 
 def means_of(
@@ -34,12 +27,19 @@ def means_of(
     """The mean after this step, and what Nesterov's momentum adds to it, if it does."""
     scale = unit.step * size.mean
 
+    # Units of matrices that nothing else is done with come here: then XLA takes them
+    # of the stack in one kernel on a GPU. That of the mean makes it only larger: what
+    # is below the smallest number is lost.
+    up = jnp.maximum(1 / size.mean, 1)
+
     def mean(x: Factor, g: Factor, mu: Factor, old: Factor, on: MeanTerms) -> Factor:
         if not x.trains:
             return x.map(jnp.zeros_like)
         old, mu = old.astype(x.dtype), mu.astype(x.dtype)
-        new = apply(on.gradient, g) + apply(on.factor, x) + apply(on.former, old)
-        return apply(on.mean, mu) + times(scale, new)
+        on_former = over(unit.factors, on.former) * on.former
+        on_mean = over(up, on.mean) * on.mean
+        new = apply(on.gradient, g) + apply(on.factor, x) + apply(on_former, old)
+        return times(1 / up, apply(on_mean, mu)) + times(scale, new)
 
     def newest(x: Factor, g: Factor, on: MeanTerms) -> Factor:
         if on.newest is None or not x.trains:
@@ -81,12 +81,14 @@ class StepArrays(NamedTuple):
       means: The mean of the direction.
       diagonals: q and p.
       unit: Of the pair.
+      average: What the mean counts.
     """
 
     factors: Both[Factor]
     means: Step
     diagonals: Both[Factor]
     unit: Units
+    average: jax.Array
 
     def products(self) -> jax.Array:
         """What `Composed.steps` knows the direction by, `(*batch, 2, 2, r, r)`."""
@@ -98,13 +100,16 @@ class StepArrays(NamedTuple):
 
         return jnp.stack(self.factors.map(of, self.means, self.diagonals), axis=-4)
 
-    def step(self, terms: Both[StepTerms]) -> Step:
-        """The step closest to D = diag(p) M̂ diag(q)."""
+    @jax.jit
+    def step(self, terms: StepTerms) -> Step:
+        """The step closest to D = diag(p) M̂ diag(q), by the matrices `delivered`."""
 
         def of(x: Factor, mean: Factor, diagonal: Factor, on: StepTerms) -> Factor:
             if not x.trains:
                 return x.map(jnp.zeros_like)
             rest = diagonal * apply(on.factor, x) + apply(on.rest, x)
-            return diagonal * apply(on.mean, mean) + times(self.unit.step, rest)
+            on_mean = self.average.astype(on.mean.dtype) * on.mean
+            return diagonal * apply(on_mean, mean) + times(self.unit.step, rest)
 
-        return self.factors.map(of, self.means, self.diagonals, terms)
+        sides = of_sides(terms, self.factors)
+        return self.factors.map(of, self.means, self.diagonals, sides)

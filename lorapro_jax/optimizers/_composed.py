@@ -6,31 +6,18 @@ of Gram matrices, and only then the arrays are read again. All is in the bases, 
 the axis of two sides, of `_solves`, and in the units of `Grams`.
 """
 
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from ..algebra._coefficients import Gauge
-from ..algebra._factors import Both
 from ..algebra._linalg import Norm, matmul, root
 from ..algebra._solves import Solves, swapped
-from ..algebra._stack import Stack
+from ._delivered import Product
 from ._grams import Grams, MomentUnits, Units
 from ._tangent import Energies, Tangent
-
-
-class Product(NamedTuple):
-    """A matrix of all pairs as the product that it is, `(2, N, R, R)` each.
-
-    Attributes:
-      basis: Eigenvectors.
-      turned: The matrix with its rows in that basis.
-    """
-
-    basis: jax.Array
-    turned: jax.Array
 
 
 class MeanTerms(NamedTuple):
@@ -39,7 +26,8 @@ class MeanTerms(NamedTuple):
     Attributes:
       gradient: On g.
       factor: On F.
-      former: On F⁻. These three come out in the mean's unit.
+      former: On F⁻, to be multiplied with the factors' unit. These three come out in
+        the mean's unit.
       mean: On μ.
       newest: What of g and of F comes beside the mean in the direction, or None.
     """
@@ -69,7 +57,7 @@ class StepTerms(NamedTuple):
     """What the arrays are multiplied with for the step: `Product`s, then matrices.
 
     Attributes:
-      mean: On the mean, to be weighted by q or p.
+      mean: On the mean, to be weighted by q or p, and by what the mean counts.
       factor: On F, to be weighted too.
       rest: On F, as it is. This and the last come out in the unit of steps.
     """
@@ -171,7 +159,7 @@ class Composed(NamedTuple):
         means = MeanTerms(
             gradient=by_other((1 - keep) * share * on_g),
             factor=on_f((1 - keep) * share * new + old * carried),
-            former=by_other(old * units.factors * self.rows[1]),
+            former=by_other(old * self.rows[1]),
             mean=by_other(keep * self.rows[0]),
             newest=newest,
         )
@@ -207,30 +195,7 @@ class Composed(NamedTuple):
         by_other = lambda x: Product(swapped(bases.vectors), x)
         solved = lambda x: solves.solve(bases.turn_rows(x))
         return StepTerms(
-            mean=by_other(average * solved(on_mean)),
+            mean=by_other(solved(on_mean)),
             factor=by_other(unit * solved(on_factor)),
             rest=by_other(unit * matmul(tangent.on_factor, bases.vectors.mT)),
         )
-
-
-Terms = TypeVar("Terms", MeanTerms, SumTerms, StepTerms)
-
-
-def delivered(stack: Stack, terms: Terms) -> list[Both[Terms]]:
-    """The matrices of each pair, `(*batch, r, r)`.
-
-    One product for each of them, and not one for all: then XLA has one program for the
-    slices of all; see `Stack.products`.
-    """
-    is_product = lambda x: isinstance(x, Product)
-    products = jax.tree.leaves(terms, is_leaf=is_product)
-    treedef = jax.tree.structure(terms, is_leaf=is_product)
-
-    def of(side: int) -> list[Terms]:
-        found = [stack.products(x.basis[side], x.turned[side]) for x in products]
-        return [
-            jax.tree.unflatten(treedef, [x[..., :rank, :rank] for x in each])
-            for rank, each in zip(stack.ranks, zip(*found, strict=True), strict=True)
-        ]
-
-    return [Both(*x) for x in zip(of(0), of(1), strict=True)]

@@ -6,7 +6,7 @@ underflows.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from ..algebra._factors import Both, Factor, PairArrays
 from ..algebra._linalg import power_of_two, root
-from ..algebra._products import contract, times, unit_of
+from ..algebra._products import contract, times, units_of
 from ..algebra._sharding import replicated
 from ..algebra._stack import Stack
 from ._moments import unbiased
@@ -52,16 +52,9 @@ class Units(NamedTuple):
         cls, pair: PairArrays, nu: Both[Factor], b2: ArrayLike, count: jax.Array
     ) -> "Units":
         """By the factors, the gradients, and the sums of V before this step."""
-        size = unit_of(pair.gradients)
-        # Of factors near the limits a less extreme one, so that it may be multiplied.
-        largest = 2.0 ** (jnp.finfo(pair.dtype).maxexp - 28)
-        factors = 1 / jnp.clip(unit_of(pair.factors), 1 / largest, largest)
-        step = factors / jnp.abs(jnp.asarray(pair.scale, pair.dtype))
-        equivalent = jnp.minimum(step * size, 1 / jnp.finfo(pair.dtype).tiny)
-        past = replicated(nu.b.array.sum((nu.b.axes.rank, *nu.b.features)))
-        most = _SPIKE * root(unbiased(past, b2, jnp.maximum(count - 1, 1)))
-        return cls(factors, 1 / size, step, equivalent, past, most)
+        return cls(*_units(pair, nu, b2, count))
 
+    @jax.jit
     def clipped(self, factor: jax.Array | None) -> "MomentUnits":
         """Those of the moments, for an E times this number."""
         size = self.equivalent
@@ -71,6 +64,22 @@ class Units(NamedTuple):
         mean = jnp.maximum(size, self.most)
         mean = jnp.clip(mean, 1 / _LARGEST_UNIT, _LARGEST_UNIT)
         return MomentUnits(*map(power_of_two, jax.lax.stop_gradient((size, mean))))
+
+
+@jax.jit  # traced once for all pairs that are alike
+def _units(
+    pair: PairArrays, nu: Both[Factor], b2: ArrayLike, count: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The fields of `Units`."""
+    largest_factor, size = units_of(pair.factors, pair.gradients)
+    # Of factors near the limits a less extreme one, so that it may be multiplied.
+    largest = 2.0 ** (jnp.finfo(pair.dtype).maxexp - 28)
+    factors = 1 / jnp.clip(largest_factor, 1 / largest, largest)
+    step = factors / jnp.abs(jnp.asarray(pair.scale, pair.dtype))
+    equivalent = jnp.minimum(step * size, 1 / jnp.finfo(pair.dtype).tiny)
+    past = replicated(nu.b.array.sum((nu.b.axes.rank, *nu.b.features)))
+    most = _SPIKE * root(unbiased(past, b2, jnp.maximum(count - 1, 1)))
+    return factors, 1 / size, step, equivalent, past, most
 
 
 class MomentUnits(NamedTuple):
@@ -124,14 +133,8 @@ class Grams(NamedTuple):
         before: Sequence[Both[Factor]],
     ) -> "Grams":
         """Of all pairs, in their compute dtype, with their μ and F⁻."""
-        blocks = []
-        for pair, unit, mean, old in zip(pairs, units, means, before, strict=True):
-
-            def of(x: Factor, g: Factor, mu: Factor, y: Factor, u: Units = unit) -> Any:
-                return replicated(_blocks(u, x, g, mu, y))
-
-            sides = pair.factors.map(of, pair.gradients, mean, old)
-            blocks.append(jnp.stack(sides, axis=-4))
+        each = zip(units, pairs, means, before, strict=True)
+        blocks = [_blocks_of_both(*x) for x in each]
         together = jnp.moveaxis(stack.join(blocks), 0, 2)
         found = cls(*jnp.moveaxis(together, 1, 0))
         return found._replace(mean=found.mean / joined(stack, units).step)
@@ -150,6 +153,16 @@ class Grams(NamedTuple):
         square = size + 2 * (moved_b.mT * (moved_a - motion_a)).sum((-2, -1))
         # Where the two cancel there is only the rounding error of their Grams.
         return jnp.maximum(square, jnp.finfo(size.dtype).eps * size)
+
+
+@jax.jit
+def _blocks_of_both(
+    unit: Units, pair: PairArrays, means: Both[Factor], before: Both[Factor]
+) -> jax.Array:
+    """The fields of `Grams` for one pair, `(*batch, 2, 6, r, r)`."""
+    of = lambda *x: replicated(_blocks(unit, *x))
+    sides = pair.factors.map(of, pair.gradients, means, before)
+    return jnp.stack(sides, axis=-4)
 
 
 def _blocks(unit: Units, x: Factor, g: Factor, mu: Factor, old: Factor) -> jax.Array:

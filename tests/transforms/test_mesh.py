@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lorapro_jax import lora_rite, lorapro, lorapro_adamw
+from lorapro_jax.algebra import _divided
 from tests.support.meshes import LAYOUTS, collectives, put, random_tree
 
 TRANSFORMS = {
@@ -142,6 +143,38 @@ def test_lorapro_adamw_reduces_three_times_a_step(axis_type, quick_compiles):
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     program = compiled.as_text()
     assert re.findall(rf" ({kinds})(?:-start)?\(", program) == ["all-reduce"] * 3
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "left_out"), [(AxisType.Auto, None), (AxisType.Explicit, "heads")]
+)
+def test_r_by_r_problems_divided_among_devices_are_exact(
+    axis_type, left_out, quick_compiles, monkeypatch
+):
+    """Of mixed ranks, a matrix a device; of one rank, one less: the rest is padding.
+
+    What is gathered are r×r matrices: once for the moments, once for the step.
+    """
+    monkeypatch.setattr(_divided, "_FEW", 4)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    whole = [random_tree(seed) for seed in range(2)]
+    specs = dict(LAYOUTS["features"])
+    for tree in (specs, *whole):
+        tree.pop(left_out, None)
+    tx = lorapro_adamw(0.1, max_grad_norm=1.0, nesterov=True)
+    params, grads = (put(tree, mesh, specs) for tree in whole)
+    state = tx.init(params)
+
+    compiled = jax.jit(tx.update).lower(grads, state, params).compile()
+    received = compiled(grads, state, params)
+
+    alone = two_steps(tx, whole[0], tx.init(whole[0]), whole[1])
+    chex.assert_trees_all_close(received, alone, rtol=1e-3, atol=1e-5)
+    program = compiled.as_text()
+    gathered = re.findall(r"\[([\d,]*)\]\S* all-gather(?:-start)?\(", program)
+    blocks = [shape for shape in gathered if shape.endswith(",4,4")]
+    assert len(blocks) == 2
+    assert set(gathered) - {*blocks} <= {"7", "8"}  # norms
 
 
 def test_control_reshaping_a_sharded_factor_would_gather_it(quick_compiles):
