@@ -75,7 +75,7 @@ def plot(rows: Sequence[Row], output: Path) -> None:
         for axis in axes[:, column]:
             axis.set_xscale("log", base=2)
             axis.set_xlabel(key)
-        axes[0, column].set_yscale("log")
+            axis.set_yscale("log")
     axes[0, 0].set_ylabel("MiB moved by a chip (dotted: floor)")
     axes[1, 0].set_ylabel("MiB sent by a chip")
     axes[0, 0].legend()

@@ -89,7 +89,7 @@ def coefficients(
     size = blocks.shape[-2]
     halves = jnp.where(np.arange(2 * size) < size, on_grad, on_factor)
     bases = jnp.stack([spectra.b.vectors, spectra.a.vectors])
-    parts = stack.products(bases, halves * blocks)
+    parts = stack.products(bases, halves[None] * blocks)
     dtypes = [x.dtype for x in weights]
     return [_of_pair(*x) for x in zip(parts, stack.ranks, dtypes, strict=True)]
 

@@ -53,7 +53,7 @@ def eigh_psd(stack: jax.Array, sizes: np.ndarray | jax.Array) -> Eigh:
     # any: its eigenvectors cannot mix with the null space of the matrix itself. They
     # differ, because the derivative of `eigh` divides by their differences.
     size = stack.shape[-1]
-    missing = np.arange(size) >= sizes[:, None]
+    missing = np.arange(size)[None] >= sizes[:, None]
     padding = jnp.where(missing, 1 + jnp.arange(size, dtype=dtype)[None] / size, 0)
     matrices -= padding[:, :, None] * jnp.eye(size, dtype=dtype)[None]
 

@@ -83,8 +83,10 @@ def test_sharded_result_equals_one_device_and_keeps_the_sharding(
             assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
 
 
-# One element a layer and r×r a layer, of each pair: all that ever has to travel.
-BLOCKS = {"", "1", "3", "6", "3,3", "4,4", "1,4,4", "3,4,4", "4,4,4", "6,4,4"}
+# One element, r and r×r a layer, of each pair: all that ever has to travel.
+BLOCKS = {
+    "", "1", "3", "4", "6", "6,4", "3,3", "4,4", "1,4,4", "3,4,4", "4,4,4", "6,4,4",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
