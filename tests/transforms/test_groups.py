@@ -60,8 +60,20 @@ def _run(tx, params, grads):
 def _products(tx, params):
     """The number of products in an update."""
     update = lambda *args: tx.update(*args)  # a new function: traces are cached
-    program = jax.make_jaxpr(update)(params, tx.init(params), params)
-    return str(program).count(" dot_general[")
+    closed = jax.make_jaxpr(update)(params, tx.init(params), params)
+    return _count(closed.jaxpr)
+
+
+def _count(jaxpr):
+    """Of products in a program, those of a part counted each time that it is called."""
+    parts = lambda eqn: [
+        getattr(x, "jaxpr", x) for x in jax.tree.leaves([*eqn.params.values()])
+    ]
+    return sum(
+        (eqn.primitive.name == "dot_general")
+        + sum(_count(part) for part in parts(eqn) if hasattr(part, "eqns"))
+        for eqn in jaxpr.eqns
+    )
 
 
 @pytest.fixture
