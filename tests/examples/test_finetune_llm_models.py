@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from lorapro_jax.peft import load_peft_adapter
+from tests.support.deprecations import LANGUAGE_MODELS
 from tests.support.torch_models import outputs_of, seeded
 
 torch = pytest.importorskip("torch")
@@ -39,16 +40,7 @@ with warnings.catch_warnings():  # tunix imports what is deprecated in JAX
     from examples.finetune_llm.errors import Refused
     from examples.finetune_llm.rotary import Scaling, frequencies
 
-# What tunix and qwix still use is deprecated in JAX and Flax.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:tunix.*"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix.*"),
-    pytest.mark.filterwarnings("ignore:'sharding' is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.flax.nnx.State. will be:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:flax.*"),
-    pytest.mark.filterwarnings("ignore:.with mesh.. context:DeprecationWarning"),
-    pytest.mark.usefixtures("quick_compiles"),
-]
+pytestmark = [*LANGUAGE_MODELS, pytest.mark.usefixtures("quick_compiles")]
 
 TOLERANCE = 1e-4  # of the largest logit, in float32: what the example promises
 WORDS, LENGTH = 64, 40

@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from tests.support.deprecations import LANGUAGE_MODELS
 from tests.support.processes import environment
 
 for name in ("tunix", "grain", "tokenizers", "transformers"):
@@ -43,17 +44,7 @@ with warnings.catch_warnings():  # tunix imports what is deprecated in JAX
     from examples.finetune_llm.errors import Refused
     from tests.support import tiny_lm
 
-# What tunix, qwix and its dependencies still use is deprecated in JAX and Flax.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:tunix.*"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix.*"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:flax.*"),
-    pytest.mark.filterwarnings("ignore:'sharding' is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.flax.nnx.State. will be:DeprecationWarning"),
-    # tunix looks for the mesh where this puts it, and `jax.set_mesh` does not.
-    pytest.mark.filterwarnings("ignore:.with mesh.. context:DeprecationWarning"),
-    pytest.mark.usefixtures("quick_compiles"),
-]
+pytestmark = [*LANGUAGE_MODELS, pytest.mark.usefixtures("quick_compiles")]
 
 ROOT = Path(__file__).parents[2]
 EPS = 2.0**-23

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from lorapro_jax import lorapro_adamw
+from tests.support.deprecations import GLOBAL_NORM, TUNIX
 from tests.support.layouts import assert_found, distance, leaves_by_path, pair_at
 
 pytest.importorskip("tunix")
@@ -21,14 +22,7 @@ from tunix.sft.peft_trainer import (
 
 from examples.recipes import tunix_peft
 
-# What tunix and qwix still use is deprecated in JAX, Flax and Optax; the last two
-# warnings carry the names of modules of Flax and Optax, not of tunix.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:tunix.*"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix.*"),
-    pytest.mark.filterwarnings("ignore:'sharding' is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:optax.global_norm is:DeprecationWarning"),
-]
+pytestmark = [*TUNIX, GLOBAL_NORM]
 
 ALPHA, RANK, RATE = tunix_peft.ALPHA, tunix_peft.RANK, 1e-2
 SIZES = {"embed_dim": 16, "hidden_dim": 24, "num_heads": 4, "head_dim": 6}

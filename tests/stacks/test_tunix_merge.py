@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from lorapro_jax import merge_model
+from tests.support.deprecations import GLOBAL_NORM, STATE, TUNIX
 from tests.support.layouts import distance
 
 pytest.importorskip("tunix")
@@ -25,13 +26,10 @@ with warnings.catch_warnings():  # Qwen3 imports what is deprecated in JAX
 
     from examples.recipes import tunix_merge
 
-# See `test_tunix.py`.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:tunix.*"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix.*"),
-    pytest.mark.filterwarnings("ignore:'sharding' is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:optax.global_norm is:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.flax.nnx.State. will be:DeprecationWarning"),
+    *TUNIX,
+    GLOBAL_NORM,
+    STATE,
     pytest.mark.usefixtures("quick_compiles"),
 ]
 
