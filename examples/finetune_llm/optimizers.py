@@ -1,5 +1,6 @@
 """The optimizers of the command line, by name; clipping, decay and rate in one way."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,12 +31,8 @@ def _clipped(max_grad_norm: float | None, *rest: Any) -> Any:
     return optax.chain(*clip, *rest)
 
 
-def _lora(rate, decay, norm, pairs):
-    return _clipped(norm, optax.adamw(rate, weight_decay=decay))
-
-
-def _lora_nesterov(rate, decay, norm, pairs):
-    return _clipped(norm, optax.adamw(rate, weight_decay=decay, nesterov=True))
+def _lora(rate, decay, norm, pairs, *, nesterov=False):
+    return _clipped(norm, optax.adamw(rate, weight_decay=decay, nesterov=nesterov))
 
 
 def _lora_rite(rate, decay, norm, pairs):
@@ -46,23 +43,19 @@ def _lorapro(rate, decay, norm, pairs):
     return _clipped(norm, lorapro(**pairs), optax.adamw(rate, weight_decay=decay))
 
 
-def _lorapro_adamw(rate, decay, norm, pairs):
-    return lorapro_adamw(rate, weight_decay=decay, max_grad_norm=norm, **pairs)
-
-
-def _lorapro_adamw_nesterov(rate, decay, norm, pairs):
+def _lorapro_adamw(rate, decay, norm, pairs, *, nesterov=False):
     return lorapro_adamw(
-        rate, weight_decay=decay, max_grad_norm=norm, nesterov=True, **pairs
+        rate, weight_decay=decay, max_grad_norm=norm, nesterov=nesterov, **pairs
     )
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lora": _lora,
-    "lora_nesterov": _lora_nesterov,
+    "lora_nesterov": functools.partial(_lora, nesterov=True),
     "lora_rite": _lora_rite,
     "lorapro": _lorapro,
     "lorapro_adamw": _lorapro_adamw,
-    "lorapro_adamw_nesterov": _lorapro_adamw_nesterov,
+    "lorapro_adamw_nesterov": functools.partial(_lorapro_adamw, nesterov=True),
 }
 
 
