@@ -17,7 +17,7 @@ ADAMW_STEP = {TREE: 7.5, TREE + "-leaves": 13.0}
 ADAMW_TEMP = 3.3
 # Of `lorapro_adamw` as compiled, by platform and form of the tree.
 ADAMW_COMPILED = {
-    ("cpu", "list"): {"temp_per_factor_bytes": ADAMW_TEMP},
+    ("cpu", "one by one"): {"temp_per_factor_bytes": ADAMW_TEMP},
     ("cpu", "leaves"): {"temp_per_factor_bytes": ADAMW_TEMP, "compile_s": 10.0},
     ("cuda", "leaves"): {"temp_per_factor_bytes": 2.4, "kernels": 400},
 }
@@ -78,8 +78,8 @@ def compiled(rows: Sequence[Row], platform: str) -> list[Check]:
         if row["contender"] != "lorapro_adamw" or row["layers"] < deepest:
             continue
         what = f"lorapro_adamw, {row['form']}, r={row['rank']}: "
-        kind = "list" if row["form"] == "one by one" else row["form"]
-        for figure, limit in ADAMW_COMPILED.get((platform, kind), {}).items():
+        limits = ADAMW_COMPILED.get((platform, row["form"]), {})
+        for figure, limit in limits.items():
             found.append(_at_most(what + figure, row[figure], limit))
     return found
 

@@ -37,6 +37,7 @@ from jax.sharding import PartitionSpec as P
 from lorapro_jax import lorapro, lorapro_adamw
 
 from . import scale_report
+from .compiled import ENVIRONMENT
 from .llama import ALPHA, MODELS, Llama, adapters, base_weights, loss, mesh_of, state_of
 from .measure import machine, save
 
@@ -50,12 +51,6 @@ TOPOLOGIES = {64: "v5e:8x8", 256: "v5e:16x16"}
 RANKS, LAYERS, CHIPS = (4, 8, 32, 64, 128), (5, 16, 40, 143), (8, 64, 256)
 TOKENS = 4096
 """Of one sequence; a device of `fsdp` has one."""
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs
-}
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1, "f16": 2, "f64": 8}
 
@@ -202,7 +197,7 @@ def ready(platform: str, *, quick: bool) -> str | None:
     if platform == "cpu":
         jax.config.update("jax_num_cpu_devices", 8 if quick else max(CHIPS))
         return None
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT, ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # nothing runs
     try:
         topologies.get_topology_desc(TOPOLOGIES[64], platform="tpu")
     except Exception as error:
