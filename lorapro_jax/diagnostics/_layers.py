@@ -23,6 +23,7 @@ from ..algebra._measures import (
 from ..algebra._products import times
 from ..algebra._spectra import decompose
 from ..algebra._stack import Stack
+from ..optimizers._adamw import DEFAULT_ADAM_DAMPING
 from ..optimizers._damping import damping_by_motion
 from ..optimizers._lorapro import DEFAULT_DAMPING
 from ..pairs._axes import LoRAPair
@@ -67,7 +68,7 @@ def measure(
     spectra = decompose(small)
     if "before" in factors:
         e = damping_by_motion(
-            1.0 if damping is None else damping,
+            DEFAULT_ADAM_DAMPING if damping is None else damping,
             spectra,
             small,
             [
