@@ -227,7 +227,9 @@ def main() -> None:
 
     kind = "cpu" if info["platform"] == "cpu" else "gpu"
     checks = limits.checks(rows, kind)
-    Console(width=120).print(table(rows, speeds["in_place"]), limits.table(checks))
+    Console(width=120, markup=False).print(
+        table(rows, speeds["in_place"]), limits.table(checks)
+    )
     print("* extrapolated from one pair of each shape; memory: the largest pair")
     print(", ".join(f"copy GB/s {k} {v:.1f}" for k, v in speeds.items()))
 

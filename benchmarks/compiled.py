@@ -200,7 +200,7 @@ def main() -> None:
                 rows.append(row | {"rank": args.rank, "form": form})
     rows.sort(key=lambda row: (row["contender"], row["form"], row["layers"]))
     found = limits.compiled(rows, args.platform)
-    Console(width=110).print(table(rows), limits.table(found))
+    Console(width=110, markup=False).print(table(rows), limits.table(found))
     info = machine() | {"platform": args.platform, "device": at.device_kind}
     output = args.output or RESULTS / f"compiled-{args.platform}.json"
     checks = [check._asdict() for check in found]

@@ -112,7 +112,7 @@ def main():
     for name, damping, method in track(list(methods(chosen, args.dampings)), "sweep"):
         result = measure(shifted, method, base, seeds, steps)
         rows.append({"optimizer": name, "damping": damping, **result})
-    show(rows, Console(width=100))
+    show(rows, Console(width=100, markup=False))
     record = {
         "steps": steps,
         "seeds": seeds,

@@ -182,7 +182,7 @@ def main():
     cached()  # all starts of one optimizer are the same program
     for name in args.tasks if not args.report else ():
         run_task(name, args, args.output / f"initializers-{name}-{args.rank}.json")
-    report(args.output, Console(width=120))
+    report(args.output, Console(width=120, markup=False))
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def cached(folder: Path = Path("out/jax-cache")) -> None:
 
 def main(run: Callable[..., None] = run_task) -> None:
     """Runs the benchmark; what is measured is saved after each sweep."""
-    args, console = parse(), Console(width=150)
+    args, console = parse(), Console(width=150, markup=False)
     cached()
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.tasks:

@@ -220,7 +220,7 @@ def main() -> None:
     """Makes the report anew."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default="benchmarks/results")
-    report(parser.parse_args().folder, Console(width=150))
+    report(parser.parse_args().folder, Console(width=150, markup=False))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def show(rows: Sequence[Row]) -> None:
     for row in sorted(rows, key=order):
         what = f"{row['platform']} {row['model']} {row['program']}"
         table.add_row(what, row["contender"], *(of(row) for of in columns.values()))
-    Console(width=150).print(table, "Of one chip and step, in MiB.")
+    Console(width=150, markup=False).print(table, "Of one chip and step, in MiB.")
 
 
 def plot(rows: Sequence[Row], output: Path) -> None:

@@ -167,7 +167,7 @@ def main() -> None:
     for name in args.models:
         print(f"{name} ...", file=sys.stderr)
         rows += run_model(name, args.turns)
-    Console(width=110).print(table(rows))
+    Console(width=110, markup=False).print(table(rows))
     output = args.output or RESULTS / f"train-step-{_platform()}.json"
     save({"machine": machine(), "rows": rows}, output)
 

@@ -234,7 +234,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Runs what is not in the results yet, saved after each cell; then reports."""
-    args, console = parse(), Console(width=120)
+    args, console = parse(), Console(width=120, markup=False)
     cached()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     result = load(args.output) or {"task": "prose", "rows": []}

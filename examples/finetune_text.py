@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = QUICK if args.quick else FULL
     budget = budget._replace(steps=args.steps or budget.steps)
     args.output.mkdir(parents=True, exist_ok=True)
-    console, begun = Console(width=100), time.perf_counter()
+    console, begun = Console(width=100, markup=False), time.perf_counter()
 
     splits = load_splits(budget.evaluated)
     sizes = {name: len(data.labels) for name, data in splits._asdict().items()}

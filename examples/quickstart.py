@@ -62,7 +62,7 @@ METHODS = (
     Method("lorapro_adamw", lorapro_adamw, LOW),
 )
 COLORS = ("0.4", "tab:orange", "tab:blue", "tab:red")
-CONSOLE = Console(width=100)
+CONSOLE = Console(width=100, markup=False)
 CAPTION = (
     "G: the gradient of a base weight W, as full fine-tuning has it. E, the equivalent "
     "gradient: what a step along the factors' gradients does to W = W0 + s B A,\nto "

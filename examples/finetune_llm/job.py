@@ -46,7 +46,9 @@ def run(options: Options) -> None:
       Refused: Before anything is loaded or overwritten, for what cannot work.
     """
     join_processes(options)
-    console = Console(width=88, quiet=not is_first(), highlight=False, soft_wrap=True)
+    console = Console(
+        width=88, markup=False, quiet=not is_first(), highlight=False, soft_wrap=True
+    )
     if options.plan:
         plan_run(options, *read_model(options), console)
         return

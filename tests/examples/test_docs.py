@@ -226,3 +226,27 @@ def test_control_a_text_that_is_not_on_the_page_is_seen(case):
 def test_control_docstrings_and_names_are_no_texts():
     source = '"""A docstring of four words."""\nNAME = "adapter_config.json"\n'
     assert texts(source) == set()
+
+
+def consoles_of(path):
+    """What the consoles that a file makes are given by name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Console":
+            yield {x.arg: ast.literal_eval(x.value) for x in node.keywords
+                   if isinstance(x.value, ast.Constant)}  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples"])
+def test_no_console_takes_an_extra_in_brackets_for_markup(folder):
+    """`pip install -e '.[text]'` would become `pip install -e '.'`."""
+    given = [x for path in (ROOT / folder).rglob("*.py") for x in consoles_of(path)]
+    assert given
+    assert all(x.get("markup") is False for x in given)
+
+
+def test_control_a_console_of_rich_drops_what_is_in_brackets():
+    console = pytest.importorskip("rich.console").Console
+    for markup, left in ((True, "'.'"), (False, "'.[text]'")):
+        with (printer := console(markup=markup)).capture() as got:
+            printer.print("'.[text]'")
+        assert got.get().strip() == left

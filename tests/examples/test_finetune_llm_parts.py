@@ -188,7 +188,7 @@ def test_a_sweep_keeps_the_rate_of_the_lowest_loss_that_is_a_number(tmp_path):
 )
 def test_a_best_rate_at_the_edge_is_said(rates, says, tmp_path, capsys):
     runs = sweep.sweep(rates, tmp_path, lambda rate, _: LOSSES[rate])
-    sweep.print_sweep(runs, Console(width=80))
+    sweep.print_sweep(runs, Console(width=80, markup=False))
     out = capsys.readouterr().out
     assert "best" in out
     assert (f"try {says} ones" if says else "edge") in out or not says
