@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.initializers_report import FULL, OPTIMIZERS, find, report, write
-from benchmarks.measure import machine
+from benchmarks.measure import fingerprint, machine
 from benchmarks.methods import METHODS
 from benchmarks.quality import COARSE, Sweeper, cached, prepare
 from examples.training import Method, Run, Task, loss_and_accuracy, take_batch
@@ -125,6 +125,7 @@ def run_task(name: str, args: argparse.Namespace, path: Path) -> None:
         "rank": args.rank,
         "steps": sweeper.steps,
         "pretrained_accuracy": accuracy,
+        "weights": fingerprint(base),
     }
     rows = json.loads(path.read_text())["rows"] if known(args, path, sweeper) else []
 
@@ -152,9 +153,13 @@ def known(args: argparse.Namespace, path: Path, sweeper: Sweeper) -> bool:
     if not (args.resume and path.exists()):
         return False
     result = json.loads(path.read_text())
-    found = result["steps"], len(result["rows"][0]["runs"][0]["test_loss"])
-    if found != (sweeper.steps, sweeper.seeds):
-        raise ValueError(f"{path} has (steps, seeds) {found}; pass these.")
+    seeds = len(result["rows"][0]["runs"][0]["test_loss"])
+    found = result["steps"], seeds, result.get("weights")
+    if found != (sweeper.steps, sweeper.seeds, fingerprint(sweeper.base)):
+        raise ValueError(
+            f"{path} has (steps, seeds, pretrained weights) {found}: pass the first "
+            "two, and the same cores. Without `--resume` all is run anew."
+        )
     return True
 
 

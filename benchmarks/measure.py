@@ -1,6 +1,7 @@
 """Timing compiled programs side by side, and the facts about the machine."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -105,6 +106,12 @@ def save(report: dict[str, Any], output: pathlib.Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written to {output}", file=sys.stderr)
+
+
+def fingerprint(tree: Any) -> str:
+    """Another one for other bits."""
+    values = (jax.device_get(x).tobytes() for x in jax.tree.leaves(tree))
+    return hashlib.sha256(b"".join(values)).hexdigest()[:12]
 
 
 def tree_bytes(tree: Any) -> int:

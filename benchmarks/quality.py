@@ -16,7 +16,10 @@ same batches.
 Each task has a file, `benchmarks/results/quality-TASK.json`, saved after every sweep;
 sweeps that are in it with the same steps and at least as many seeds are not run again,
 so a run that was stopped goes on. Tasks keep one core busy each, so run two side by
-side. `benchmarks.quality_report` says what is made of the results.
+side, each on a core of its own (`taskset -c 0`). How XLA divides sums among threads
+changes the pretrained weights, and the runs from them by more than methods differ: so a
+row says which weights it is from, and is not compared with others.
+`benchmarks.quality_report` says what is made of the results.
 """
 
 import argparse
@@ -33,7 +36,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.measure import machine, tree_bytes
+from benchmarks.measure import fingerprint, machine, tree_bytes
 from benchmarks.methods import ALL_BUT_DENSE, METHODS, Recipe
 from benchmarks.quality_report import best_run, load, report, write
 from benchmarks.tasks import SETTINGS, Missing, Setting
@@ -123,11 +126,9 @@ def prepare(name: str, seeds: int | None, *, quick: bool) -> tuple[Sweeper, floa
     return sweeper._replace(extensions=0, refine=False) if quick else sweeper, accuracy
 
 
-def is_done(row: dict[str, Any], name: str, rank: int | None, sweeper: Sweeper) -> bool:
+def is_done(row: dict[str, Any], key: dict[str, Any], seeds: int) -> bool:
     """Whether a sweep need not be run again."""
-    seeds = len(row["runs"][0]["test_loss"])
-    known = row["method"], row["rank"], row["steps"]
-    return known == (name, rank, sweeper.steps) and seeds >= sweeper.seeds
+    return key.items() <= row.items() and len(row["runs"][0]["test_loss"]) >= seeds
 
 
 def run_task(name: str, args: argparse.Namespace, console: Console) -> None:
@@ -140,10 +141,13 @@ def run_task(name: str, args: argparse.Namespace, console: Console) -> None:
         return
     result = load(path) or {"task": name, "rows": []}
     result |= {"machine": machine(), "pretrained_accuracy": accuracy}
+    weights = fingerprint(sweeper.base)
     for method in args.methods:
         recipe = METHODS[method]
         for rank in args.ranks if recipe.trains is None else [None]:
-            if any(is_done(row, method, rank, sweeper) for row in result["rows"]):
+            key = {"method": method, "rank": rank, "steps": sweeper.steps}
+            key |= {"weights": weights}
+            if any(is_done(row, key, sweeper.seeds) for row in result["rows"]):
                 continue
             begun = time.time()
             make = lambda rate, recipe=recipe: recipe.make(rate, 1.0)
@@ -152,8 +156,8 @@ def run_task(name: str, args: argparse.Namespace, console: Console) -> None:
             found = sweeper.sweep(
                 Method(method, make, rates, rank, recipe.trains), title
             )
-            row = {"method": method, "rank": rank, "steps": sweeper.steps, **found}
-            row["minutes"] = round((time.time() - begun) / 60, 1)
+            minutes = round((time.time() - begun) / 60, 1)
+            row = {**key, **found, "minutes": minutes}
             rest = [
                 x for x in result["rows"] if (x["method"], x["rank"]) != (method, rank)
             ]

@@ -75,8 +75,12 @@ def shown(found: tuple[float, float], sign: str = "", digits: int = 4) -> str:
 
 
 def difference(row: Row, other: Row | None) -> tuple[float, float] | None:
-    """How much larger the test loss is than the other's, by seed, and its error."""
-    if other is None or other is row:
+    """How much larger the test loss is than the other's, by seed, and its error.
+
+    None where there is nothing to compare: runs from other pretrained weights differ
+    by more than methods do.
+    """
+    if other is None or other is row or row.get("weights") != other.get("weights"):
         return None
     both = [best_run(x)["test_loss"] for x in (row, other)]
     count = min(map(len, both))

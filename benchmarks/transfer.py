@@ -15,9 +15,9 @@ as LoRA's own.
 
 Every cell is a sweep over learning rates, two a decade, which grows until the best is
 not at its end; three seeds. The *regret* of a rate in a cell is how much higher its
-validation loss is than the best of that cell. `benchmarks.transfer_report` says how
-large it is when one rate is kept for all cells. Cells that are in the results already
-are not run again.
+validation loss is than the best of that cell, whose runs are all from the same weights.
+`benchmarks.transfer_report` says how large it is when one rate is kept for all cells.
+Cells that are in the results already are not run again.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.initializers import Start, first_gradients, started
-from benchmarks.measure import machine
+from benchmarks.measure import fingerprint, machine
 from benchmarks.methods import METHODS
 from benchmarks.quality import COARSE, cached
 from benchmarks.quality_report import best_run, load, write
@@ -254,7 +254,8 @@ def main() -> None:
                 continue
             begun = time.time()
             runs = sweep.cell(cell, rates)
-            row = {**key, "runs": runs, "minutes": round((time.time() - begun) / 60, 2)}
+            row = {**key, "weights": fingerprint(base), "runs": runs}
+            row["minutes"] = round((time.time() - begun) / 60, 2)
             result["rows"].append(row)
             write(args.output, result)
     report(args.output, console)
