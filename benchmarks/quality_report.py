@@ -208,8 +208,8 @@ def report(folder: Path, console: Console) -> None:
         return
     for task, rank, rows in settings(results):
         print_table(task, rank, rows, console)
-    for other in (NESTEROV, KERNELS):
-        console.print("\n".join(verdicts(results, other)), highlight=False)
+    lines = verdicts(results, NESTEROV) + verdicts(results, KERNELS)
+    console.print(*lines, sep="\n", highlight=False)
     if settings(results):
         save_picture(results, folder / "quality.png")
     console.print(f"{folder}/quality-*.json, and the picture {folder}/quality.png")
