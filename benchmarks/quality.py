@@ -141,12 +141,11 @@ def run_task(name: str, args: argparse.Namespace, console: Console) -> None:
         return
     result = load(path) or {"task": name, "rows": []}
     result |= {"machine": machine(), "pretrained_accuracy": accuracy}
-    weights = fingerprint(sweeper.base)
+    same = {"steps": sweeper.steps, "weights": fingerprint(sweeper.base)}
     for method in args.methods:
         recipe = METHODS[method]
         for rank in args.ranks if recipe.trains is None else [None]:
-            key = {"method": method, "rank": rank, "steps": sweeper.steps}
-            key |= {"weights": weights}
+            key = {"method": method, "rank": rank, **same}
             if any(is_done(row, key, sweeper.seeds) for row in result["rows"]):
                 continue
             begun = time.time()

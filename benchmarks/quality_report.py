@@ -94,10 +94,9 @@ def sign(found: tuple[float, float] | None) -> int:
     return -1 if found[0] < 0 else 1
 
 
-def find(rows: list[Row], method: str, rank: int | None) -> Row | None:
-    """The sweep of a method, if it was run."""
-    both = method, rank
-    return next((row for row in rows if (row["method"], row["rank"]) == both), None)
+def find(rows: list[Row], method: str) -> Row | None:
+    """The sweep of a method among those of a setting, if it was run."""
+    return next((row for row in rows if row["method"] == method), None)
 
 
 def settings(results: list[dict[str, Any]]) -> list[tuple[str, int, list[Row]]]:
@@ -121,10 +120,7 @@ def print_table(task: str, rank: int, rows: list[Row], console: Console) -> None
         table.add_column(name, no_wrap=True)
     for name in (f"− {LORA}", f"− {NESTEROV}", f"− {KERNELS}", "state kB"):
         table.add_column(name, no_wrap=True)
-    others = [
-        find(rows, name, rank) or find(rows, name, None)
-        for name in (LORA, NESTEROV, KERNELS)
-    ]
+    others = [find(rows, name) for name in (LORA, NESTEROV, KERNELS)]
     for row in rows:
         run, marks = best_run(row), {-1: " ahead", 0: "", 1: " behind"}
         compared = [difference(row, other) for other in others]
@@ -144,10 +140,9 @@ def verdicts(results: list[dict[str, Any]], other: str) -> list[str]:
     lines = []
     for method in COLORS:
         signs = []
-        for _, rank, rows in settings(results):
-            row = find(rows, method, rank) or find(rows, method, None)
-            beside = find(rows, other, rank) or find(rows, other, None)
-            found = difference(row, beside) if row else None
+        for _, _, rows in settings(results):
+            row = find(rows, method)
+            found = difference(row, find(rows, other)) if row else None
             signs += [] if found is None else [sign(found)]
         if signs:
             lines.append(

@@ -242,6 +242,7 @@ def main() -> None:
     if not args.report:
         task, base, _ = SETTINGS["prose"].load(quick=args.quick, bar=bar)
         result |= {"machine": machine(), "steps": 10 if args.quick else STEPS}
+        weights = fingerprint(base)
     for method in args.methods if not args.report else ():
         sweep = Sweep(task, base, method, {}, args.seeds, result["steps"])
         low, high = RATES.get(method, OTHERS)
@@ -254,7 +255,7 @@ def main() -> None:
                 continue
             begun = time.time()
             runs = sweep.cell(cell, rates)
-            row = {**key, "weights": fingerprint(base), "runs": runs}
+            row = {**key, "weights": weights, "runs": runs}
             row["minutes"] = round((time.time() - begun) / 60, 2)
             result["rows"].append(row)
             write(args.output, result)
