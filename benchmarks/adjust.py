@@ -16,19 +16,22 @@ that what else the machine does hits all alike. `x adamw` and `x lorapro` are th
 medians over the turns of the ratio within a turn. `floor` is the time that the memory
 needs for each array once (gradients and factors in, steps out; for AdamW also its
 state), at the bandwidth of a copy in place. Gradients stay the same from step to step:
-the numbers in them do not matter for the time. A second table holds the figures
+the numbers in them do not matter for the time. On a GPU, `device` is what it did in a
+step by its own profile, without the waits for Python. A second table holds the figures
 against the limits in `limits.py`.
 
     $ python -m benchmarks.adjust --quick    # one small tree, under a minute
     $ python -m benchmarks.adjust            # all, to benchmarks/results/
+    $ python -m benchmarks.adjust --stacking default never    # of like pairs
 """
 
 import argparse
 import collections
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,18 +42,29 @@ from rich.console import Console
 from rich.table import Table
 
 from lorapro_jax import lorapro, lorapro_adamw
+from lorapro_jax.transforms import _groups
 
 from . import limits
 from .literal import check, literal, reference
-from .measure import Contender, copy_bandwidth, machine, save, tree_bytes
+from .measure import (
+    Contender,
+    copy_bandwidth,
+    machine,
+    on_device,
+    save,
+    tree_bytes,
+)
 from .trees import SCALE, TREES, build, is_stacked, random_pair, weights
 
 RANKS = {
     "vit-b16": (8, 16, 64),
     "t5-base": (8, 16, 64, 128),
     "llama2-7b": (8, 16, 64),
-    "llama2-7b-leaves": (8,),
+    "llama2-7b-leaves": (8, 16, 64),
 }
+STACKING = {"default": _groups._stacking_pays}
+STACKING |= {"always": lambda: True, "never": lambda: False}
+STACKED = {"always": ", stacked", "never": ", one by one"}
 LITERAL_RANK = 8
 DAMPING = 0.1
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -119,39 +133,69 @@ def _check_adjusted(tree: str, rank: int, result: Any) -> float:
     return max(errors)
 
 
+class Case(NamedTuple):
+    """All contenders on one tree, compiled.
+
+    Attributes:
+      facts: What the rows of all of them say.
+      steps: `lorapro`, `adamw`, and both kinds of steps with LoRA-Pro.
+      literals: The paper's formula for each shape.
+    """
+
+    facts: dict[str, Any]
+    steps: list[Contender]
+    literals: list[Contender]
+
+    @classmethod
+    def of(cls, tree: str, rank: int, with_literal: bool) -> "Case":
+        """Compiles, and checks the adjustment."""
+        params, grads = build(tree, rank)
+        adjusting = _adjusting(params, grads)
+        error = _check_adjusted(tree, rank, adjusting.run())
+        chain = optax.chain(lorapro(scale=SCALE, damping=DAMPING), optax.adamw(1e-4))
+        others = {
+            "adamw": optax.adamw(1e-4),
+            "lorapro + adamw": chain,
+            "lorapro_adamw": lorapro_adamw(1e-4, scale=SCALE),
+        }
+        steps = [_stepping(name, tx, params, grads) for name, tx in others.items()]
+        facts = {"tree": tree, "rank": rank, "pairs": len([*weights(tree)])}
+        facts |= {"factor_bytes": tree_bytes(params), "relative_error": error}
+        literals = _literals(tree, rank) if with_literal else []
+        return cls(facts, [adjusting, *steps], literals)
+
+    def time(self, repeat: int) -> None:
+        """All of them in turns, so that what else happens hits all alike."""
+        contenders = self.steps + self.literals
+        for contender in contenders:
+            contender.run()  # warm-up
+        rng = np.random.default_rng(0)
+        for _ in range(repeat):
+            for i in rng.permutation(len(contenders)):  # none profits from another
+                contenders[i].time()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """A row for each contender."""
+        size = self.facts["factor_bytes"]
+        for contender in self.steps:
+            row = _row([contender], self.steps, size) | on_device(contender)
+            yield self.facts | row
+        if self.literals:
+            count = len(self.literals)
+            note = f"extrapolated from one pair of each of {count} shapes"
+            row = _row(self.literals, self.steps, size)
+            row |= {"contender": "literal", "note": note}
+            x_temp = min(x.x_temp for x in self.literals)
+            yield self.facts | row | {"x_temp_of_a_pair": x_temp}
+
+
 def run_case(
     tree: str, rank: int, repeat: int, with_literal: bool
 ) -> Iterator[dict[str, Any]]:
     """Checks and times all contenders on one tree: a row for each."""
-    params, grads = build(tree, rank)
-    adjusting = _adjusting(params, grads)
-    error = _check_adjusted(tree, rank, adjusting.run())
-    adamw = _stepping("adamw", optax.adamw(1e-4), params, grads)
-    chain = optax.chain(lorapro(scale=SCALE, damping=DAMPING), optax.adamw(1e-4))
-    chained = _stepping("lorapro + adamw", chain, params, grads)
-    factored = _stepping(
-        "lorapro_adamw", lorapro_adamw(1e-4, scale=SCALE), params, grads
-    )
-    literals = _literals(tree, rank) if with_literal and rank == LITERAL_RANK else []
-
-    steps = [adjusting, adamw, chained, factored]
-    contenders = steps + literals
-    for contender in contenders:
-        contender.run()  # warm-up
-    rng = np.random.default_rng(0)
-    for _ in range(repeat):
-        for i in rng.permutation(len(contenders)):  # so that none profits from another
-            contenders[i].time()
-
-    size = tree_bytes(params)
-    case = {"tree": tree, "rank": rank, "pairs": len([*weights(tree)])}
-    case |= {"factor_bytes": size, "relative_error": error}
-    for contender in steps:
-        yield case | _row([contender], contenders, size)
-    if literals:
-        note = f"extrapolated from one pair of each of {len(literals)} shapes"
-        row = _row(literals, contenders, size) | {"contender": "literal", "note": note}
-        yield case | row | {"x_temp_of_a_pair": min(x.x_temp for x in literals)}
+    case = Case.of(tree, rank, with_literal and rank == LITERAL_RANK)
+    case.time(repeat)
+    yield from case.rows()
 
 
 def _row(
@@ -188,18 +232,22 @@ def table(rows: Sequence[dict[str, Any]], bandwidth: float) -> Table:
         "x adamw": lambda row: f"{row['x_adamw']:.2f}",
         "x cpu": lambda row: f"{row['x_adamw_cpu']:.2f}",
         "x lorapro": lambda row: f"{row['x_lorapro']:.2f}",
+        "device": lambda row: f"{row.get('device_ms', math.nan):.2f}",
         "floor": lambda row: f"{row['moved_bytes'] / bandwidth / 1e6:.1f}",
         "temp MiB": lambda row: f"{row['temp_bytes'] / 2**20:.1f}",
         "/factors": lambda row: f"{row['temp_per_factor_bytes']:.2f}",
         "compile": lambda row: f"{row['trace_s'] + row['compile_s']:.1f} s",
     }
+    if not any("device_ms" in row for row in rows):
+        del columns["device"]
     result = Table("tree", "r", "contender", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
         result.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         name = row["contender"] + ("*" if "note" in row else "")
+        tree = row["tree"] + STACKED.get(row.get("stacking"), "")
         cells = [cell(row) for cell in columns.values()]
-        result.add_row(row["tree"], str(row["rank"]), name, *cells)
+        result.add_row(tree, str(row["rank"]), name, *cells)
     return result
 
 
@@ -209,6 +257,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="ViT-B/16 at rank 8 only")
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
     parser.add_argument("--ranks", nargs="+", type=int, help="of all trees")
+    parser.add_argument(
+        "--stacking", nargs="+", choices=STACKING, default=["default"],
+        help="of like pairs; of trees with leaves it makes no difference",
+    )  # fmt: skip
     parser.add_argument("--repeat", type=int, default=15, help="turns (default: 15)")
     parser.add_argument("--no-literal", action="store_true")
     parser.add_argument("--output", type=pathlib.Path, help="of the JSON")
@@ -221,12 +273,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for tree in args.trees:
         for rank in args.ranks or RANKS[tree]:
-            print(f"{tree} r={rank} ...", file=sys.stderr)
-            rows += run_case(tree, rank, args.repeat, not args.no_literal)
+            for stacking in args.stacking:
+                print(f"{tree} r={rank} ...", file=sys.stderr)
+                _groups._stacking_pays = STACKING[stacking]
+                found = run_case(tree, rank, args.repeat, not args.no_literal)
+                rows += [row | {"stacking": stacking} for row in found]
     speeds = copy_bandwidth()
 
     kind = "cpu" if info["platform"] == "cpu" else "gpu"
-    checks = limits.checks(rows, kind)
+    usual = [row for row in rows if row["stacking"] == args.stacking[0]]
+    checks = limits.checks(usual, kind)
     Console(width=120, markup=False).print(
         table(rows, speeds["in_place"]), limits.table(checks)
     )

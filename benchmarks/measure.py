@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,32 @@ class Contender:
         self.run()
         self.times.append(self.count * (time.perf_counter() - start))
         self.cpu_times.append(self.count * (time.process_time() - cpu_start))
+
+
+def on_device(contender: Contender, steps: int = 5) -> dict[str, float]:
+    """What a GPU itself did in a step, by its own clock; empty without one.
+
+    Steps of which the device does little wait for Python, which hands them their
+    arrays: in training that is hidden behind the model.
+    """
+    if jax.default_backend() != "gpu":
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                contender.run()
+        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    events = [
+        (event.name, event.duration_ns)
+        for plane in data.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
+    busy = sum(duration for _, duration in events)
+    return {"device_ms": busy / steps / 1e6, "launches": len(events) / steps}
 
 
 def copy_bandwidth(repeat: int = 10, size: int = 2**28) -> dict[str, float]:

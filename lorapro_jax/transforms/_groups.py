@@ -47,8 +47,9 @@ class Groups(NamedTuple):
             if len(group) == 1:
                 parts[group[0]] = tree
                 continue
+            kept = _truths(len(group))
             for k, i in enumerate(group):
-                parts[i] = _part(tree, k)
+                parts[i] = _part(tree, k, kept[k])
         return [parts[i] for i in sorted(parts)]
 
 
@@ -97,15 +98,27 @@ def _joined(trees: Sequence[Any]) -> Any:
     return jax.tree.map(stack, *trees, is_leaf=_is_factor)
 
 
-def _part(tree: Any, k: int) -> Any:
-    """The member k of a joined tree."""
+def _part(tree: Any, k: int, kept: jax.Array) -> Any:
+    """The member k of a joined tree; `kept` is one of `_truths`."""
+
+    def of(stack: jax.Array) -> jax.Array:
+        return jax.lax.select(kept, stack[k], jnp.zeros_like(stack[k]))
 
     def take(x: Any) -> Any:
         if _is_factor(x):
-            return Factor(x.array[k], x.axes.unstacked(), x.trains)
-        return x[k]
+            return Factor(of(x.array), x.axes.unstacked(), x.trains)
+        return of(x)
 
     return jax.tree.map(take, tree, is_leaf=_is_factor)
+
+
+def _truths(count: int) -> jax.Array:
+    """Only True, `(count,)`, which XLA does not know.
+
+    Of parts that depend on it XLA makes a few kernels, each with as many results;
+    what is a slice and nothing else it copies by itself, one part after the other.
+    """
+    return jax.lax.optimization_barrier(jnp.ones(count, bool))
 
 
 def _is_factor(x: Any) -> bool:
