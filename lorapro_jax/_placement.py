@@ -19,6 +19,15 @@ def cast_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x.astype(dtype)
 
 
+def stored_as(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`cast_to` of what is read again in the same program, with its rounding.
+
+    On GPUs XLA leaves out a rounding that is only a conversion there and back.
+    """
+    stored: jax.Array = jax.lax.optimization_barrier(cast_to(x, dtype))
+    return stored
+
+
 def placed_like(x: Any, leaf: Any) -> Any:
     """`x` with the sharding of a leaf, where the leaf has one to keep."""
     if isinstance(leaf, jax.core.Tracer):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._linalg import matmul, power_of_two
+from ._linalg import matmul, power_of_two, svd
 
 _POWER_ITERATIONS = 4
 _OVERSAMPLING = 10
@@ -54,10 +54,11 @@ def truncated_svd(x: jax.Array, rank: int, key: jax.Array) -> SVD:
     unit = power_of_two(jnp.abs(x).max())
     x = x / unit
     if small:
-        u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+        u, s, vt = svd(x, full_matrices=False)
     else:
         u, s, vt = _randomized(x, sketch, key)
-    return SVD(u[:, :rank], unit * s[:rank], vt[:rank])
+    signs = _signs(u[:, :rank])
+    return SVD(signs * u[:, :rank], unit * s[:rank], signs[:, None] * vt[:rank])
 
 
 def _randomized(x: jax.Array, sketch: int, key: jax.Array) -> SVD:
@@ -67,8 +68,17 @@ def _randomized(x: jax.Array, sketch: int, key: jax.Array) -> SVD:
     for _ in range(_POWER_ITERATIONS):
         columns = _orthonormal(matmul(x.T, rows))
         rows = _orthonormal(matmul(x, columns))
-    u, s, vt = jnp.linalg.svd(matmul(rows.T, x), full_matrices=False)
+    u, s, vt = svd(matmul(rows.T, x), full_matrices=False)
     return SVD(matmul(rows, u), s, vt)
+
+
+def _signs(u: jax.Array) -> jax.Array:
+    """With which the largest entry of each column is positive, `(k,)`.
+
+    Each backend has other signs, and some starts depend on them.
+    """
+    largest = jnp.take_along_axis(u, jnp.abs(u).argmax(0)[None], axis=0)[0]
+    return jnp.where(largest < 0, -1, 1).astype(u.dtype)
 
 
 def _orthonormal(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._placement import cast_to
+from .._placement import cast_to, stored_as
 from ..algebra._axes import FactorAxes
 from ..algebra._sharding import replicated
 from ..weights._find import Kernel
@@ -94,7 +94,7 @@ def initialize_pair(
         w, g = (None if x is None else x.astype(wide) for x in (weight, gradient))
         of_w = jax.ShapeDtypeStruct(shape, wide) if w is None else w
         found = method(of_w, g, rank, scale, key)
-        new = [cast_to(x, y.dtype) for x, y in ((found.a, a), (found.b, b))]
+        new = [stored_as(x, y.dtype) for x, y in ((found.a, a), (found.b, b))]
         faults = [_fault(found.a, new[0]), _fault(found.b, new[1])]
         faults.append(_product_fault(found.a, found.b))
         if w is not None and method.changes_weight:

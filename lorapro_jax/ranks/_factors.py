@@ -21,8 +21,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._placement import cast_to
-from ..algebra._linalg import matmul, power_of_two, reciprocal
+from .._placement import stored_as
+from ..algebra._linalg import matmul, power_of_two, reciprocal, svd
 from ..algebra._sharding import replicated
 
 
@@ -75,7 +75,8 @@ def resize_factors(
         a, b = a.astype(wide), ratio * b.astype(wide)
         finite = jnp.isfinite(a).all() & jnp.isfinite(b).all()
         old = jnp.where(finite, a, 0), jnp.where(finite, b, 0)
-        new = [cast_to(*x) for x in zip(change(*old, rank, key), dtypes, strict=True)]
+        wanted = zip(change(*old, rank, key), dtypes, strict=True)
+        new = [stored_as(*x) for x in wanted]
         error = _relative_error((new[0].astype(wide), new[1].astype(wide)), old)
         nan = lambda x: jnp.where(finite, x, jnp.asarray(jnp.nan, x.dtype))
         return nan(new[0]), nan(new[1]), nan(error)
@@ -98,7 +99,7 @@ def _lowered(
     a, b = a / unit_a, b / unit_b
     (q_a, r_a), (q_b, r_b) = jnp.linalg.qr(a.T), jnp.linalg.qr(b)
     # With all vectors: those of singular values of 0 are of use to one side.
-    u, values, vt = jnp.linalg.svd(matmul(r_b, r_a.T), full_matrices=True)
+    u, values, vt = svd(matmul(r_b, r_a.T), full_matrices=True)
     left, right = matmul(q_b, u), matmul(q_a, vt.T)
     left, right, values = (_first(x, rank) for x in (left, right, values[None]))
 

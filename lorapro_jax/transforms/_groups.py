@@ -118,7 +118,8 @@ def _truths(count: int) -> jax.Array:
     Of parts that depend on it XLA makes a few kernels, each with as many results;
     what is a slice and nothing else it copies by itself, one part after the other.
     """
-    return jax.lax.optimization_barrier(jnp.ones(count, bool))
+    truths: jax.Array = jax.lax.optimization_barrier(jnp.ones(count, bool))
+    return truths
 
 
 def _is_factor(x: Any) -> bool:

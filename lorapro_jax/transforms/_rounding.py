@@ -120,5 +120,7 @@ def _rounded(key: jax.Array, step: jax.Array, param: jax.Array) -> jax.Array:
     # The size of a float grows with its bits, of either sign. What is not finite stays.
     high = (bits + noise) >> _WIDTH << _WIDTH
     near = jax.lax.bitcast_convert_type(high, jnp.float32)
-    moved = jnp.where(jnp.isfinite(near), near, total) - param.astype(jnp.float32)
+    # With noise, the bits of some NaN are those of a number.
+    rounded = jnp.where(jnp.isfinite(total) & jnp.isfinite(near), near, total)
+    moved = rounded - param.astype(jnp.float32)
     return moved.astype(step.dtype)

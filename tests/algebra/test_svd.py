@@ -79,6 +79,16 @@ def test_vectors_are_orthonormal(shape, rank):
     np.testing.assert_allclose(vt @ vt.T, np.eye(rank), atol=20 * EPS["float32"])
 
 
+@pytest.mark.parametrize("shape", [SMALL[0], LARGE[1]])
+def test_signs_do_not_depend_on_who_decomposes(shape):
+    """The largest entry of each left vector is positive; those of x and -x agree."""
+    *_, x = with_spectrum(geometric(shape), shape)
+    (u, _, vt), (same_u, _, other_vt) = received(x), received(-x)
+    assert (u[np.abs(u).argmax(0), range(RANK)] > 0).all()
+    np.testing.assert_allclose(same_u, u, atol=1e-3)
+    np.testing.assert_allclose(other_vt, -vt, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", SMALL + LARGE)
 @pytest.mark.parametrize("true_rank", [0, 3])
 def test_rank_deficient_matrices_are_exact_and_keep_orthonormal_vectors(

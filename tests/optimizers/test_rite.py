@@ -1,6 +1,7 @@
 """LoRA-RITE: its step does not depend on how B A is split, and is its authors'."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -291,7 +292,8 @@ def test_there_are_two_eigendecompositions_however_many_pairs(escape_mass):
     """One of all Gram matrices, and one of the second moments, which need these."""
     params, tx = make_params(), scale_by_lora_rite(escape_mass=escape_mass)
     compiled = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
-    assert str(compiled.as_text()).count('custom_call_target="lapack_ssyevd') == 2
+    called = re.findall(r'custom_call_target="\w*syevd', str(compiled.as_text()))
+    assert len(called) == 2
 
 
 def test_escaped_mass_is_what_the_second_moment_loses(x64):

@@ -86,6 +86,14 @@ def test_other_dtypes_pass_and_what_is_not_finite_stays():
     assert updates["f"].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFFC00000])
+def test_a_nan_of_any_bits_stays_one(bits):
+    """A GPU's has all bits set, and noise would make a zero of it."""
+    nan = np.full(8, bits, np.uint32).view(np.float32)
+    new, _ = rounded(jnp.ones(8, jnp.bfloat16), jnp.asarray(nan))
+    assert np.isnan(np.float32(new)).all()
+
+
 def test_steps_differ_from_each_other_and_repeat_from_the_same_state():
     params = jnp.ones(1000, jnp.bfloat16)
     step = jnp.full(1000, 1e-3, jnp.bfloat16)

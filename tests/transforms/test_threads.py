@@ -41,7 +41,8 @@ for _ in range(30):
 @pytest.mark.parametrize("program", ["two transforms", "mesh"])
 def test_decompositions_side_by_side_end(program):
     """Two in a program; one on each of eight simulated devices. It takes seconds."""
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = "--xla_force_host_platform_device_count=8"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     env.pop("OPENBLAS_NUM_THREADS", None)  # as users have it
     subprocess.run(
         [sys.executable, "-c", SHARED_BY_ALL, program],

@@ -316,6 +316,7 @@ def test_every_process_gets_all_of_a_gradient_or_its_shards():
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags["JAX_PLATFORMS"] = "cpu"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(i), port],
