@@ -2,7 +2,7 @@
 
 They run on a GPU too, where JAX has one: what needs eight devices is skipped there, and
 products in the tests themselves are as exact as on a CPU. Those of the package say by
-themselves how exact they have to be (`test_accelerators`).
+themselves how exact they have to be (`test_products`).
 
 Nearly all of the time of a run is compilation, so there are four means against it:
 
@@ -40,7 +40,6 @@ def is_known(flags):
     return done.returncode == 0
 
 
-os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 CACHE = None
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit all of it
     # Two workers with two BLAS threads each would wait for each other on two cores.
@@ -60,6 +59,8 @@ import chex  # noqa: E402
 import jax  # noqa: E402
 
 chex.set_n_cpu_devices(8)
+if jax.default_backend() != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")
 pytest.register_assert_rewrite("tests.support")
 
 
