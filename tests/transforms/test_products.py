@@ -59,7 +59,7 @@ PROGRAMS |= {x.__name__: functools.partial(started, x) for x in METHODS}
 
 @pytest.fixture
 def usual_precision():
-    """As users have it; `conftest` asks for more."""
+    """As users have it; on a GPU `conftest` asks for more."""
     with jax.default_matmul_precision(None):
         yield
 
