@@ -43,7 +43,7 @@ def lorapro(
     Put it first in a chain, before momentum, Adam or per-leaf clipping: the two
     gradients of a pair have to come from one G, which is not checked (clipping by the
     global norm may stand before it). Sweep the learning rate anew; before AdamW the
-    best one is about 3 times that of plain LoRA.
+    best one was that of plain LoRA to 3 times that.
 
     Args:
       scale: The s of the forward pass: a number, `{regex: number}` searched in the
