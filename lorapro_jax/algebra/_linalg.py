@@ -131,7 +131,7 @@ def svd(x: jax.Array, *, full_matrices: bool) -> tuple[jax.Array, ...]:
     hundred times those of LAPACK.
     """
     of = jax.lax.linalg.SvdAlgorithm
-    algorithm = of.QR if jax.default_backend() == "gpu" else of.DEFAULT
+    algorithm = of.QR if _on_gpu() else of.DEFAULT
     u, s, vt = jax.lax.linalg.svd(x, full_matrices=full_matrices, algorithm=algorithm)
     return u, s, vt
 
@@ -139,15 +139,19 @@ def svd(x: jax.Array, *, full_matrices: bool) -> tuple[jax.Array, ...]:
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """`x @ y` at the highest precision, batched.
 
-    All batch axes become one: under `vmap`, the GPU compiler of jax 0.11.2 ends with
-    an internal error at products that have four.
+    On GPUs all batch axes become one: under `vmap`, the compiler of jax 0.11.2 ends
+    with an internal error at products that have four. On meshes that would send more.
     """
     batch = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    if len(batch) > 1:
+    if one := len(batch) > 1 and _on_gpu():
         whole = lambda z: jnp.broadcast_to(z, (*batch, *z.shape[-2:]))
         x, y = (whole(z).reshape(-1, *z.shape[-2:]) for z in (x, y))
     product = jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
-    return product.reshape(*batch, *product.shape[-2:])
+    return product.reshape(*batch, *product.shape[-2:]) if one else product
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def reciprocal(x: jax.Array) -> jax.Array:
