@@ -46,14 +46,7 @@ from lorapro_jax.transforms import _groups
 
 from . import limits
 from .literal import check, literal, reference
-from .measure import (
-    Contender,
-    copy_bandwidth,
-    machine,
-    on_device,
-    save,
-    tree_bytes,
-)
+from .measure import Contender, copy_bandwidth, machine, on_device, save, tree_bytes
 from .trees import SCALE, TREES, build, is_stacked, random_pair, weights
 
 RANKS = {
