@@ -127,8 +127,8 @@ def root(x: jax.Array) -> jax.Array:
 def svd(x: jax.Array, *, full_matrices: bool) -> tuple[jax.Array, ...]:
     """`jnp.linalg.svd`, on GPUs by QR iterations.
 
-    Jacobi's, which are JAX's choice there, end with errors of 1e-5 in float32, a
-    hundred times those of LAPACK.
+    Jacobi's, which are JAX's choice there, end with errors of 1e-5 in float32, where
+    LAPACK's are below 2.4e-6, twenty roundings.
     """
     of = jax.lax.linalg.SvdAlgorithm
     algorithm = of.QR if _on_gpu() else of.DEFAULT

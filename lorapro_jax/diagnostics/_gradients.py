@@ -31,9 +31,10 @@ def check_gradients(
 
         ‖g_A Aᵀ - Bᵀ g_B‖ / max(‖g_A Aᵀ‖, ‖Bᵀ g_B‖)
 
-    * Up to 1e-5: rounding. Sound pairs have 2e-7; up to 1e-3 where the model's products
-      of float32 are in TF32, as they are on GPUs unless `jax_default_matmul_precision`
-      says otherwise, and up to 1e-2 with gradients in bfloat16.
+    * Up to 1e-5: rounding. Sound pairs have 2e-7; about 1e-3 is to be expected where
+      the model's products of float32 are in TF32, with its ten bits, as they are on
+      GPUs unless `jax_default_matmul_precision` says otherwise, and up to 1e-2 with
+      gradients in bfloat16.
     * From 0.1 to 1.4: the gradients are not of W = W0 + s B A. One A serves several
       Bs, the forward pass uses the product twice or sums it over heads, the pair was
       read with wrong axes (`pairs=` says others), a factor's gradient is stopped
