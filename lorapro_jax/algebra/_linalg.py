@@ -128,7 +128,8 @@ def svd(x: jax.Array, *, full_matrices: bool) -> tuple[jax.Array, ...]:
     """`jnp.linalg.svd`, on GPUs by QR iterations.
 
     Jacobi's, which are JAX's choice there, end with errors of 1e-5 in float32, where
-    LAPACK's are below 2.4e-6, twenty roundings.
+    LAPACK's are below 2.4e-6, twenty roundings. TPUs have no QR iterations, and a rule
+    for each of several platforms would ask them all: from a GPU, no export to TPUs.
     """
     of = jax.lax.linalg.SvdAlgorithm
     algorithm = of.QR if _on_gpu() else of.DEFAULT
