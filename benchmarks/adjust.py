@@ -5,7 +5,8 @@ For the adapter trees of whole models, at several ranks, one run measures
 * `lorapro`: the adjustment alone, from gradients and factors to new arrays;
 * `adamw`: a step of `optax.adamw` with donated parameters and state;
 * `lorapro + adamw`: a step of the two chained, donated likewise;
-* `lorapro_adamw`: a step of it with factored moments, donated likewise;
+* `lorapro_adamw`: a step of it with factored moments, donated likewise, and up to
+  rank 16 with Nesterov's momentum;
 * `literal`: the paper's formula with its m×m projector (`literal.py`), at rank 8.
   **Extrapolated**: one pair of each distinct shape is timed, and multiplied by the
   number of pairs of that shape. Its memory is that of the largest single pair, and
@@ -58,6 +59,7 @@ RANKS = {
 STACKING = {"default": _groups._stacking_pays}
 STACKING |= {"always": lambda: True, "never": lambda: False}
 STACKED = {"always": ", stacked", "never": ", one by one"}
+NESTEROV, NESTEROV_UP_TO = "lorapro_adamw, Nesterov", 16  # its state fills 16 GiB
 LITERAL_RANK = 8
 DAMPING = 0.1
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -151,6 +153,8 @@ class Case(NamedTuple):
             "lorapro + adamw": chain,
             "lorapro_adamw": lorapro_adamw(1e-4, scale=SCALE),
         }
+        if rank <= NESTEROV_UP_TO:
+            others[NESTEROV] = lorapro_adamw(1e-4, scale=SCALE, nesterov=True)
         steps = [_stepping(name, tx, params, grads) for name, tx in others.items()]
         facts = {"tree": tree, "rank": rank, "pairs": len([*weights(tree)])}
         facts |= {"factor_bytes": tree_bytes(params), "relative_error": error}

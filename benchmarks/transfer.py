@@ -1,6 +1,6 @@
 r"""Does one learning rate serve every rank, scale and start?
 
-    python -m benchmarks.transfer            # three hours on two cores, in parts
+    python -m benchmarks.transfer            # four hours on one core, in parts
     python -m benchmarks.transfer --quick    # 2 minutes: a smoke test
     python -m benchmarks.transfer --methods full LoRA:nesterov lorapro_adamw:nesterov \
         --ranks 4 --starts LoRA              # enough to see it, 15 minutes

@@ -2,7 +2,7 @@
 
 A GPU starts a kernel for every product of every pair, which takes longer than the
 product of a skinny matrix itself. Stacking the pairs of all layers copies them, but an
-H200 is busy for 1.4 ms with a step of Llama-2-7B's adapters instead of 7.8, in 198
+H200 is busy for 1.4 ms with a step of Llama-2-7B's adapters instead of 7.8, in 194
 kernels instead of 4,113. On a CPU, and on a TPU by its compiler's estimate, the copies
 cost more than they save (`benchmarks/NOTES.md`).
 """
