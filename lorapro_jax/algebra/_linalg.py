@@ -128,8 +128,9 @@ def svd(x: jax.Array, *, full_matrices: bool) -> tuple[jax.Array, ...]:
     """`jnp.linalg.svd`, on GPUs by QR iterations.
 
     Jacobi's, which are JAX's choice there, end with errors of 1e-5 in float32, where
-    LAPACK's are below 2.4e-6, twenty roundings. TPUs have no QR iterations, and a rule
-    for each of several platforms would ask them all: from a GPU, no export to TPUs.
+    LAPACK's are below 2.4e-6, twenty roundings. TPUs have no QR iterations, so what is
+    traced beside a GPU cannot be exported to them. `platform_dependent` is no way out:
+    a program for several platforms lowers each rule for all of them.
     """
     of = jax.lax.linalg.SvdAlgorithm
     algorithm = of.QR if _on_gpu() else of.DEFAULT
