@@ -133,7 +133,7 @@ def svd(x: jax.Array, *, full_matrices: bool) -> tuple[jax.Array, ...]:
     a program for several platforms lowers each rule for all of them.
     """
     of = jax.lax.linalg.SvdAlgorithm
-    algorithm = of.QR if _on_gpu() else of.DEFAULT
+    algorithm = of.QR if on_gpu() else of.DEFAULT
     u, s, vt = jax.lax.linalg.svd(x, full_matrices=full_matrices, algorithm=algorithm)
     return u, s, vt
 
@@ -145,14 +145,15 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     with an internal error at products that have four. On meshes that would send more.
     """
     batch = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    if one := len(batch) > 1 and _on_gpu():
+    if one := len(batch) > 1 and on_gpu():
         whole = lambda z: jnp.broadcast_to(z, (*batch, *z.shape[-2:]))
         x, y = (whole(z).reshape(-1, *z.shape[-2:]) for z in (x, y))
     product = jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
     return product.reshape(*batch, *product.shape[-2:]) if one else product
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Whether JAX computes on a GPU unless it is told otherwise."""
     return jax.default_backend() == "gpu"
 
 

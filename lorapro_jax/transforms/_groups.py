@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ..algebra._factors import Factor, PairArrays
+from ..algebra._linalg import on_gpu
 from ..pairs._axes import LoRAPair
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ def group_pairs(found: Sequence[LoRAPair], pairs: Sequence[PairArrays]) -> Group
 
 
 def _stacking_pays() -> bool:
-    return jax.default_backend() == "gpu"
+    return on_gpu()
 
 
 def _joined(trees: Sequence[Any]) -> Any:

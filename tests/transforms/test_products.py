@@ -95,7 +95,7 @@ def test_side_by_side_no_product_on_a_gpu_has_more_than_three_batch_axes(
     name, on_gpu, monkeypatch
 ):
     """Four are too many for the compiler of jax 0.11.2; the control has them."""
-    monkeypatch.setattr(_linalg, "_on_gpu", lambda: on_gpu)
+    monkeypatch.setattr(_linalg, "on_gpu", lambda: on_gpu)
     params, tx = random_tree(0), TRANSFORMS[name]()
 
     def update(grads, params):
