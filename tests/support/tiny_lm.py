@@ -58,9 +58,12 @@ class Tuned(NamedTuple):
 
 
 def read_spec(folder):
-    """Of a folder that is made."""
+    """Of a folder that is made, by all processes of a run at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    # Renamed when it is complete: another process may be reading already.
+    own = folder / f"config.{os.getpid()}.new"
+    own.write_text(json.dumps(CONFIG))
+    own.replace(folder / "config.json")
     return models.read_spec(folder)
 
 
