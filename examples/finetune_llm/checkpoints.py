@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from examples.checkpointing import open_checkpoints, restore, save
 from examples.finetune_llm.errors import Refused
+from examples.finetune_llm.folder import differences
 
 
 def check(folder: Path, settings: dict[str, Any]) -> int:
@@ -33,15 +34,11 @@ def check(folder: Path, settings: dict[str, Any]) -> int:
             return 0
         items = ocp.args.Composite(settings=ocp.args.JsonRestore())
         found = manager.restore(step, args=items)["settings"]
-    other = [
-        f"{name} {found.get(name)!r} there, {settings.get(name)!r} here"
-        for name in sorted(found.keys() | settings.keys())
-        if found.get(name) != settings.get(name)
-    ]
+    other = differences(found, settings)
     if other:
         raise Refused(
-            f"{folder} has checkpoints of another run ({'; '.join(other)}). Repeat its "
-            "settings to go on with it, or name another --output."
+            f"{folder} has checkpoints of another run ({other}). Repeat its "
+            "options to go on with it, or name another --output."
         )
     return step
 

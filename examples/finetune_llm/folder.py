@@ -26,18 +26,22 @@ def check_output(options: Options) -> None:
             f"--output {folder} has files, but none of a run ({SETTINGS}); name a new "
             "folder, or empty this one."
         )
-    wanted = options.settings()
-    other = [
+    other = differences(found, options.settings())
+    if other:
+        raise Refused(
+            f"--output {folder} is another run's: {other}. Repeat its "
+            "options to go on with it, or name a new folder."
+        )
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The settings that two runs do not share, as options of the command."""
+    return "; ".join(
         f"--{name.replace('_', '-')} {_shown(found.get(name))} there, "
         f"{_shown(wanted.get(name))} here"
         for name in sorted(found.keys() | wanted.keys())
         if found.get(name) != wanted.get(name)
-    ]
-    if other:
-        raise Refused(
-            f"--output {folder} is another run's: {'; '.join(other)}. Repeat its "
-            "options to go on with it, or name a new folder."
-        )
+    )
 
 
 def claim(options: Options) -> None:

@@ -492,7 +492,7 @@ def test_checkpoints_of_another_run_are_refused_before_anything_is_loaded(tmp_pa
     with checkpoints.Saver(tmp_path, 1, 1, {"seed": 0, "rank": 4}) as saver:
         saver(1, run)
     assert checkpoints.check(tmp_path, {"seed": 0, "rank": 4}) == 1
-    message = r"another run \(rank 4 there, 8 here\).*name another --output"
+    message = r"another run \(--rank 4 there, 8 here\).*name another --output"
     with pytest.raises(Refused, match=message):
         checkpoints.check(tmp_path, {"seed": 0, "rank": 8})
 
