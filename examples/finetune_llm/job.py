@@ -53,6 +53,7 @@ def run(options: Options) -> None:
         plan_run(options, *read_model(options), console)
         return
     check_output(options)
+    _wait("the look at the folder")  # in which the first is about to write
     asked = options
     if options.demo:
         if is_first():

@@ -3,12 +3,8 @@
 import json
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import types
 import warnings
-from pathlib import Path
 
 import chex
 import jax
@@ -18,8 +14,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from tests.support import processes
 from tests.support.deprecations import LANGUAGE_MODELS
-from tests.support.processes import environment
+from tests.support.processes import free_port, wait_for
 
 for name in ("tunix", "grain", "tokenizers", "transformers"):
     pytest.importorskip(name)
@@ -46,7 +43,6 @@ with warnings.catch_warnings():  # tunix imports what is deprecated in JAX
 
 pytestmark = [*LANGUAGE_MODELS, pytest.mark.usefixtures("quick_compiles")]
 
-ROOT = Path(__file__).parents[2]
 EPS = 2.0**-23
 BEGIN, END, USER, ASSISTANT, SYSTEM = range(5)
 SPECIAL = ("<begin>", "<end>", "<user>", "<assistant>", "<system>")
@@ -524,24 +520,9 @@ def test_fit_reports_each_step_and_calls_what_watches(made, tmp_path):
 
 def start(folder, **more):
     """A run in a process of its own."""
-    asked = {"folder": str(folder), "fsdp": 1, "tp": 1, **more}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.tiny_lm"]
-    return subprocess.Popen(
-        [*command, json.dumps(asked)], cwd=ROOT, text=True,
-        env=environment(2 if "port" in more else 1),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def wait_for(*processes, code=0):
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    codes = [process.returncode for process in processes]
-    assert codes == [code] * len(processes), "\n".join(outputs)[-6000:]
+    asked = json.dumps({"folder": str(folder), "fsdp": 1, "tp": 1, **more})
+    program = "-W", "ignore", "-m", "tests.support.tiny_lm"
+    return processes.start(*program, asked, devices=2 if "port" in more else 1)
 
 
 @pytest.fixture(scope="module")
@@ -581,10 +562,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_never_killed(whole, tmp_path):
 
 def test_two_processes_are_one(whole, tmp_path):
     """Two devices each, the model divided over all four."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    where = {"fsdp": 2, "tp": 2, "port": port}
+    where = {"fsdp": 2, "tp": 2, "port": free_port()}
     wait_for(*(start(tmp_path, process=i, **where) for i in range(2)))
 
     for i in range(2):

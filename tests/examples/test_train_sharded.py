@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from examples import train_sharded
-from tests.support.processes import environment
+from tests.support.processes import environment, free_port
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -49,12 +48,6 @@ def wait_for(processes, folder):
             process.wait()
     logs = "\n".join(path.read_text() for path in folder.parent.glob("process*.log"))
     assert codes == [0] * len(processes), f"{codes}\n{logs[-8000:]}"
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 def in_this_process(folder, devices, fsdp, *flags):

@@ -1,6 +1,12 @@
-"""Environments of the processes that tests start."""
+"""Processes that tests start: their environment, their port, and their end."""
 
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 def environment(devices=1):
@@ -17,3 +23,32 @@ def environment(devices=1):
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
+
+
+def start(*arguments, devices=1):
+    """Python with these arguments, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment(devices),
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def free_port():
+    """One of this machine that nobody listens at, for processes that meet there."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def wait_for(*processes, code=0):
+    """What they print; all have to end with this code, and none is left behind."""
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    codes = [process.returncode for process in processes]
+    said = "\n".join("".join(filter(None, x)) for x in outputs)
+    assert codes == [code] * len(processes), said[-6000:]
+    return [out for out, _ in outputs]

@@ -1,9 +1,6 @@
 """The mean gradient of base weights, against derivatives taken at once."""
 
 import functools
-import os
-import socket
-import subprocess
 import sys
 
 import flax.linen as nn
@@ -18,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from lorapro_jax.weights import _estimate
 from lorapro_jax.weights._estimate import estimate_gradients
 from tests.support.layouts import leaves_by_path
+from tests.support.processes import free_port, start, wait_for
 
 estimate = functools.partial(estimate_gradients, progress=False)
 
@@ -312,24 +310,10 @@ print("the same", len(shards))
 
 def test_every_process_gets_all_of_a_gradient_or_its_shards():
     """Two processes with two devices each, and a kernel on all four."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    flags["JAX_PLATFORMS"] = "cpu"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(i), port],
-            env=os.environ | flags,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for process in processes:
-        out, error = process.communicate(timeout=120)
-        assert out.splitlines()[-1:] == ["the same 2"], error
+    port = free_port()
+    processes = [start("-c", PROCESS, i, port, devices=2) for i in range(2)]
+    for out in wait_for(*processes):
+        assert out.splitlines()[-1:] == ["the same 2"]
 
 
 # Peak memory
