@@ -38,7 +38,7 @@ from rich.progress import track
 
 from benchmarks.measure import fingerprint, machine, tree_bytes
 from benchmarks.methods import ALL_BUT_DENSE, METHODS, Recipe
-from benchmarks.quality_report import best_run, load, report, write
+from benchmarks.quality_report import WIDTH, best_run, load, report, write
 from benchmarks.tasks import SETTINGS, Missing, Setting
 from examples.training import CHUNK, Method, Task, evaluate, train
 
@@ -188,7 +188,7 @@ def cached(folder: Path = Path("out/jax-cache")) -> None:
 
 def main(run: Callable[..., None] = run_task) -> None:
     """Runs the benchmark; what is measured is saved after each sweep."""
-    args, console = parse(), Console(width=150, markup=False)
+    args, console = parse(), Console(width=WIDTH, markup=False)
     cached()
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.tasks:

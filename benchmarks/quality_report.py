@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 ERRORS = 2  # standard errors: a difference of less is noise
+WIDTH = 170  # of the tables, in which no number may be cut
 LORA, NESTEROV, KERNELS = "LoRA", "LoRA:nesterov", "full:kernels"
 COLORS = {
     "full": "0.2",
@@ -214,7 +215,7 @@ def main() -> None:
     """Makes the report anew."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default="benchmarks/results")
-    report(parser.parse_args().folder, Console(width=150, markup=False))
+    report(parser.parse_args().folder, Console(width=WIDTH, markup=False))
 
 
 if __name__ == "__main__":
