@@ -39,7 +39,7 @@ from benchmarks.initializers import Start, first_gradients, started
 from benchmarks.measure import fingerprint, machine
 from benchmarks.methods import METHODS
 from benchmarks.quality import COARSE, cached
-from benchmarks.quality_report import best_run, load, write
+from benchmarks.quality_report import WIDTH, best_run, load, write
 from benchmarks.tasks import SETTINGS
 from benchmarks.transfer_report import report
 from examples.byte_lm import ByteLM
@@ -234,7 +234,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Runs what is not in the results yet, saved after each cell; then reports."""
-    args, console = parse(), Console(width=120, markup=False)
+    args, console = parse(), Console(width=WIDTH, markup=False)
     cached()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     result = load(args.output) or {"task": "prose", "rows": []}
