@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,42 +9,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from examples import train_sharded
-from tests.support.processes import environment, free_port
+from tests.support.processes import free_port, start, wait_for
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
 SMALL = ("--steps", str(STEPS), "--depth", "1", "--save-every", "2")
 # Other devices add the same float32 numbers in another order. A loss is a mean over
 # 1024 bytes: at most log2(1024) eps = 1.2e-6 from one evaluation, which each of the
 # 12 steps can add anew and pass on. Seen: 4e-7.
 TOLERANCE = 12 * 1.2e-6
-
-
-def start_process(folder, *flags):
-    """The example in a process of its own, its output in files beside its folder."""
-    command = [sys.executable, "-m", "examples.train_sharded", "--output", str(folder)]
-    with (folder.parent / f"process{flags[-1]}.log").open("w") as log:
-        return subprocess.Popen(
-            [*command, *SMALL, *flags],
-            cwd=ROOT,
-            env=environment(),
-            stdout=log,
-            stderr=log,
-        )
-
-
-def wait_for(processes, folder):
-    """All have to end well; none is left behind."""
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = ["timed out"]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    logs = "\n".join(path.read_text() for path in folder.parent.glob("process*.log"))
-    assert codes == [0] * len(processes), f"{codes}\n{logs[-8000:]}"
 
 
 def in_this_process(folder, devices, fsdp, *flags):
@@ -74,7 +43,8 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "output"
     where = f"--cpu-devices 2 --fsdp 2 --coordinator localhost:{free_port()}"
     flags = [*where.split(), "--processes", "2", "--process"]
-    wait_for([start_process(folder, *flags, i) for i in "01"], folder)
+    program = "-m", "examples.train_sharded", "--output", folder, *SMALL, *flags
+    wait_for(*(start(*program, i) for i in range(2)), seconds=240)
     return folder
 
 

@@ -4,7 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,15 +43,26 @@ def free_port():
         return found.getsockname()[1]
 
 
-def wait_for(*processes, code=0):
+def wait_for(*processes, code=0, seconds=300):
     """What they print; all have to end with this code, and none is left behind."""
+
+    def end(process):
+        try:
+            return process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said = "".join(process.communicate())
+            pytest.fail(f"not at its end after {seconds} s\n{said[-8000:]}")
+
     try:
-        outputs = [process.communicate(timeout=300) for process in processes]
+        # All at once: one whose pipe is full would hold up those it works with.
+        with ThreadPoolExecutor(len(processes)) as pool:
+            outputs = list(pool.map(end, processes))
     finally:
         for process in processes:
             process.kill()
             process.wait()
     codes = [process.returncode for process in processes]
-    said = "\n".join("".join(filter(None, x)) for x in outputs)
-    assert codes == [code] * len(processes), said[-6000:]
+    said = "\n".join(map("".join, outputs))
+    assert codes == [code] * len(processes), f"{codes}\n{said[-8000:]}"
     return [out for out, _ in outputs]

@@ -312,7 +312,7 @@ def test_every_process_gets_all_of_a_gradient_or_its_shards():
     """Two processes with two devices each, and a kernel on all four."""
     port = free_port()
     processes = [start("-c", PROCESS, i, port, devices=2) for i in range(2)]
-    for out in wait_for(*processes):
+    for out in wait_for(*processes, seconds=120):
         assert out.splitlines()[-1:] == ["the same 2"]
 
 
